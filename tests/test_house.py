@@ -17,8 +17,9 @@ from llamakern import ops
 ROOT = Path(__file__).parent.parent
 ROOMS = sorted(d.name for d in (ROOT / "csrc").iterdir() if d.is_dir() and d.name != "common")
 OPS = sorted(name for name, fn in vars(ops).items() if inspect.isfunction(fn))
-SOURCES = [p for d in ("csrc", "bindings", "llamakern", "tests", "benchmarks", "tools") for p in (ROOT / d).rglob("*.*")]
-SOURCES = [p for p in SOURCES if p.suffix in {".h", ".cpp", ".cu", ".cuh", ".py"}]
+FOLDERS = ("csrc", "bindings", "llamakern", "tests", "benchmarks", "tools")
+SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".py"}
+SOURCES = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*.*") if p.suffix in SUFFIXES]
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -27,7 +27,7 @@ def compiler_works() -> bool:
 
 def free_memory_gb() -> float:
     try:
-        line = next(x for x in open("/proc/meminfo") if x.startswith("MemAvailable"))
+        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return float("inf")
     return int(line.split()[1]) / 2**20
@@ -44,7 +44,7 @@ def has_venv() -> bool:
 
 def problems():
     """Yields (what is missing, the line that fixes it)."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  an older Python gets this far
         yield f"Python 3.10 or later is needed, this is {sys.version.split()[0]}", "make env PYTHON=python3.12"
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     if not compiler_works():
@@ -58,7 +58,10 @@ def problems():
         yield f"{DISK_GB:.0f} GB of disk are needed here, {free:.1f} GB are free", "df -h .  # and make room"
     memory = free_memory_gb()
     if memory < MEMORY_GB:
-        yield f"{MEMORY_GB:.0f} GB of free memory are needed, {memory:.1f} GB are there", "free -h  # and close something"
+        yield (
+            f"{MEMORY_GB:.0f} GB of free memory are needed, {memory:.1f} GB are there",
+            "free -h  # and close something",
+        )
 
 
 def main() -> int:
