@@ -41,7 +41,9 @@ class HuggingFaceFolder:
         for state in [key for key in stored if key.endswith(STATE)]:
             key = state.removesuffix(STATE)
             group = [other for other in stored if other == key or other.startswith(key + ".")]
-            self.packed[parameter_name(key)] = {other.removeprefix(key): (stored.pop(other)[0], other) for other in group}
+            self.packed[parameter_name(key)] = {
+                other.removeprefix(key): (stored.pop(other)[0], other) for other in group
+            }
         for name, parts in self.packed.items():
             if "" not in parts:
                 raise ValueError(f"checkpoint: {name} must be stored with its quant_state, got none")

@@ -65,7 +65,9 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as e:
             raise ValueError(f"tokenizer: {path} must be a sentencepiece model, got {e}") from None
         self.vocab_size = self.model.vocab_size()
-        self._set_marks(*(i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id(), self.model.pad_id())))
+        self._set_marks(
+            *(i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id(), self.model.pad_id()))
+        )
 
     def _encode(self, text):
         return self.model.encode(text)
@@ -109,7 +111,9 @@ class JsonTokenizer(Tokenizer):
         return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        return self.model.decode([int(i) for i in ids], skip_special_tokens=True)
+        # Some files do not mark their begin and end tokens as special.
+        kept = [int(i) for i in ids if int(i) not in (self.bos_id, self.eos_id)]
+        return self.model.decode(kept, skip_special_tokens=True)
 
 
 class Llama2cTokenizer(Tokenizer):
