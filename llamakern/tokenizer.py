@@ -76,14 +76,16 @@ class SentencePieceTokenizer(Tokenizer):
         return self.model.decode([int(i) for i in ids])
 
 
-class JsonTokenizer(Tokenizer):
-    """Hugging Face's tokenizer.json; the marks are named by tokenizer_config.json or special_tokens_map.json beside it."""
+# What the marks are usually called, where no file beside tokenizer.json says so.
+MARKS = {
+    "bos_token": ("<s>", "<|begin_of_text|>"),
+    "eos_token": ("</s>", "<|end_of_text|>"),
+    "pad_token": ("<pad>", "<|finetune_right_pad_id|>"),
+}
 
-    GUESSES = {
-        "bos_token": ("<s>", "<|begin_of_text|>"),
-        "eos_token": ("</s>", "<|end_of_text|>"),
-        "pad_token": ("<pad>", "<|finetune_right_pad_id|>"),
-    }
+
+class JsonTokenizer(Tokenizer):
+    """Hugging Face's tokenizer.json. tokenizer_config.json or special_tokens_map.json beside it name the marks."""
 
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Fast
@@ -99,12 +101,12 @@ class JsonTokenizer(Tokenizer):
             if path.with_name(name).is_file():
                 named |= json.loads(path.with_name(name).read_text(encoding="utf-8"))
         self.vocab_size = self.model.get_vocab_size()
-        self._set_marks(*(self._mark(named, mark) for mark in self.GUESSES))
+        self._set_marks(*(self._mark(named, mark) for mark in MARKS))
 
     def _mark(self, named: dict, mark: str) -> int | None:
         token = named.get(mark)
         token = token.get("content") if isinstance(token, dict) else token
-        tried = (token,) if token else self.GUESSES[mark]
+        tried = (token,) if token else MARKS[mark]
         return next((i for i in map(self.model.token_to_id, tried) if i is not None), None)
 
     def _encode(self, text):
