@@ -1,7 +1,7 @@
 // The guard at the door: every check that a tensor passes before csrc sees its pointer.
 //
-// Torch's stable ABI only, so that one build serves every torch from 2.10 on. Messages: "op: argument must ..., got ...".
-// A std::invalid_argument arrives in Python as ValueError, throw_type_error as TypeError.
+// Torch's stable ABI only, so that one build serves every torch from 2.10 on. Messages: "op: argument must ..., got
+// ...". A std::invalid_argument arrives in Python as ValueError, throw_type_error as TypeError.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -55,16 +55,19 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
   if (t.scalar_type() != want)
-    throw_type_error(std::string(op) + ": " + name + " must be " + dtype_name(want) + ", got " + dtype_name(t.scalar_type()));
+    throw_type_error(std::string(op) + ": " + name + " must be " + dtype_name(want) + ", got " +
+                     dtype_name(t.scalar_type()));
 }
 
-inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,
+                             const Tensor& like) {
   if (t.scalar_type() != like.scalar_type())
-    throw_type_error(std::string(op) + ": " + name + " must be " + dtype_name(like.scalar_type()) + " like " + like_name +
-                     ", got " + dtype_name(t.scalar_type()));
+    throw_type_error(std::string(op) + ": " + name + " must be " + dtype_name(like.scalar_type()) + " like " +
+                     like_name + ", got " + dtype_name(t.scalar_type()));
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* like_name,
+                              const Tensor& like) {
   if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index())
     check(false, op, ": ", name, " must be on the device of ", like_name, ", got another one");
 }
@@ -83,9 +86,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides,
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                  device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -109,7 +112,8 @@ void dispatch_float(const char* op, const char* name, const Tensor& t, Fn&& fn) 
     case ScalarType::Float: return fn.template operator()<float>();
     case ScalarType::BFloat16: return fn.template operator()<bfloat16>();
     default:
-      throw_type_error(std::string(op) + ": " + name + " must be float32 or bfloat16, got " + dtype_name(t.scalar_type()));
+      throw_type_error(std::string(op) + ": " + name + " must be float32 or bfloat16, got " +
+                       dtype_name(t.scalar_type()));
   }
 }
 
@@ -118,8 +122,8 @@ inline void define_op(torch::stable::detail::StableLibrary& m, const std::string
   m.def((name + schema).c_str());
   m.def(("_" + name + schema).c_str());
 }
-#define LK_IMPL(m, name, fn)           \
-  m.impl(name, TORCH_BOX(&fn));        \
+#define LK_IMPL(m, name, fn)    \
+  m.impl(name, TORCH_BOX(&fn)); \
   m.impl("_" name, TORCH_BOX(&fn))
 
 }  // namespace llamakern

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def differentiable(name: str, *, fake: Callable, setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
+def differentiable(
+    name: str, *, fake: Callable, setup_context: Callable, backward: Callable
+) -> tuple[Callable, Callable]:
     """Gives the op its shapes and its gradient. Returns (raw op, the same op recording a gradient).
 
     fake(*args) returns empty outputs; setup_context(ctx, inputs, output) and backward(ctx, *grads) are those of
@@ -46,7 +48,7 @@ def differentiable(name: str, *, fake: Callable, setup_context: Callable, backwa
 
 
 def backward_op(name: str, *, fake: Callable) -> Callable:
-    """Gives a backward op its shapes. Where its own gradient would be recorded, taking that gradient raises RuntimeError."""
+    """Gives a backward op its shapes. Taking the gradient of a backward raises RuntimeError."""
     torch.library.register_fake(f"llamakern::{name}")(fake)
     raw = getattr(torch.ops.llamakern, name).default
 
