@@ -16,6 +16,7 @@ from llamakern.nn import NF4Linear
 from llamakern.ops.nf4 import CODEBOOK
 
 STATE = ".quant_state.bitsandbytes__nf4"
+SUFFIXES = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
 NESTED_BLOCK = 256
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -170,7 +171,9 @@ def test_interleaved_model_is_saved_with_its_rows_reordered(tmp_path):
 def test_a_model_with_other_modules_is_not_saved(tmp_path):
     model = small()
     model.layers[0].mlp.up_proj = nn.Sequential(model.layers[0].mlp.up_proj)
-    with pytest.raises(ValueError, match=r"missing \[layers.0.mlp.up_proj.weight\], unexpected \[layers.0.mlp.up_proj.0"):
+    with pytest.raises(
+        ValueError, match=r"missing \[layers.0.mlp.up_proj.weight\], unexpected \[layers.0.mlp.up_proj.0"
+    ):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -211,8 +214,14 @@ def new_state(**change):
 
 NF4_DAMAGE = [
     (lambda t: t.pop(NF4), "up_proj.weight must be stored with its quant_state, got none"),
-    (lambda t: t.pop(f"{NF4}.absmax"), "absmax of layers.0.mlp.up_proj.weight must have 44 values of float32, got none"),
-    (lambda t: t.update({NF4: t[NF4][:-1].clone()}), r"weight of .* must have 1408 values of uint8, got \[1407, 1\] uint8"),
+    (
+        lambda t: t.pop(f"{NF4}.absmax"),
+        "absmax of layers.0.mlp.up_proj.weight must have 44 values of float32, got none",
+    ),
+    (
+        lambda t: t.update({NF4: t[NF4][:-1].clone()}),
+        r"weight of .* must have 1408 values of uint8, got \[1407, 1\] uint8",
+    ),
     (lambda t: t[f"{NF4}.quant_map"].mul_(2), "quant_map must be the NF4 code book of bitsandbytes"),
     (new_state(shape=[10**9, 10**9]), r"up_proj.weight must have shape \[44, 64\]"),
     (new_state(shape="wide"), "must be a bitsandbytes quant_state"),
@@ -237,11 +246,9 @@ def test_a_packed_embedding_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
 
     def move(tensors):
-        for key in [k for k in tensors if k.startswith(("lm_head", "model.embed_tokens"))]:
-            tensor = tensors.pop(key)
-            if key.startswith("lm_head"):
-                tensors["model.embed_tokens" + key.removeprefix("lm_head")] = tensor
-                tensors["lm_head.weight"] = torch.zeros(37, 64)
+        for key in [k for k in tensors if k.startswith("lm_head")]:
+            tensors["model.embed_tokens" + key.removeprefix("lm_head")] = tensors.pop(key)
+        tensors["lm_head.weight"] = torch.zeros(37, 64)
 
     edit_tensors(tmp_path, move)
     with pytest.raises(ValueError, match=r"checkpoint: embed_tokens.weight must be dense, got a packed NF4 weight"):
@@ -268,7 +275,9 @@ def test_bad_folders(tmp_path):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
-    with pytest.raises(FileNotFoundError, match=r"must hold model.safetensors or model.safetensors.index.json, got neither"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold model.safetensors or model.safetensors.index.json, got neither"
+    ):
         from_pretrained(tmp_path)
     edit_config(tmp_path, quantization_config={"quant_method": "gptq"})
     with pytest.raises(ValueError, match=r"quant_method of .* must be 'bitsandbytes', got 'gptq'"):
@@ -304,7 +313,7 @@ def test_names_in_the_local_cache(tmp_path, monkeypatch):
         from_pretrained("meta-llama/Llama-3.2-1B")
     assert "`hf download meta-llama/Llama-3.2-1B`" in str(e.value)
     assert "licence at https://huggingface.co/meta-llama/Llama-3.2-1B" in str(e.value)
-    with pytest.raises(FileNotFoundError, match="checkpoint: path must be a folder or a file, got './nothing/here'"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint: path must be a folder or a file, got './nothing/here'"):
         from_pretrained("./nothing/here")
     model, repo = small(), tmp_path / "models--some--model"
     model.save_pretrained(repo / "snapshots" / "0123abc")
@@ -358,12 +367,12 @@ def test_bad_llama2c(tmp_path):
     with pytest.raises(ValueError, match="must begin with 7 int32, got 20 bytes"):
         from_pretrained(llama2c_file(path, shared=True, size=20))
     path.write_bytes(struct.pack("<7i", 8, 6, 1, 3, 1, 10, 3))
-    with pytest.raises(ValueError, match="must be a llama2.c file, got a header with config: dim must be divisible"):
+    with pytest.raises(ValueError, match=r"must be a llama2.c file, got a header with config: dim must be divisible"):
         from_pretrained(path)
     path.write_bytes(struct.pack("<7i", 0x616B3432, 1, 0, 0, 0, 0, 0))
     with pytest.raises(ValueError, match=r"must be a legacy \(version 0\) llama2.c file, got version 1"):
         from_pretrained(path)
-    path.write_bytes(struct.pack("<7i", *[2**30] * 7))
+    path.write_bytes(struct.pack("<7i", 2**30, 2**30, 2**30, 2**10, 2**10, 2**30, 2**30))
     with pytest.raises(ValueError, match="bytes as its header says, got 28"):
         from_pretrained(path)
 
@@ -389,7 +398,9 @@ def test_peak_memory_of_quantising_while_loading(tmp_path):
     largest = max(p.nbytes for p in model.layers.parameters())
     save_pretrained(model, tmp_path / "model", max_shard_bytes=dense // 3)
     code = PEAK.format(start=str(tmp_path / "start"), path=str(tmp_path / "model"))
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    # glibc gives large blocks pages of their own, and gives them back; here "large" must begin below these few MiB.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
     assert int(out) * 1024 < 0.15 * dense + 4 * largest + 8 * 2**20
 
 
@@ -406,19 +417,44 @@ def test_transformers_loads_what_is_saved(tmp_path):
     assert_same_model(from_pretrained(tmp_path / "theirs"), model)
 
 
+@pytest.fixture
+def bnb():
+    for name in ("transformers", "accelerate"):
+        pytest.importorskip(name)
+    return pytest.importorskip("bitsandbytes")
+
+
 @pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
-def test_bitsandbytes_loads_what_is_saved(tmp_path, double_quant):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes")
-    pytest.importorskip("accelerate")
+def test_bitsandbytes_loads_what_is_saved(tmp_path, double_quant, bnb):
+    from transformers import AutoModelForCausalLM
+
     model = quantize_(small(hidden_dim=128), double_quant=double_quant)
     model.save_pretrained(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map="cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map="cpu")
+    theirs.train()  # in eval mode bitsandbytes repacks its weights for a bfloat16 kernel
     tokens = torch.randint(0, 37, (2, 16))
-    with torch.inference_mode():
-        torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert_same_model(from_pretrained(tmp_path / "theirs"), model)
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+def test_what_bitsandbytes_saved_loads(tmp_path, double_quant, bnb):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    small().save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=how, device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "packed")
+    ours = from_pretrained(tmp_path / "packed")
+    packed = {name: m for name, m in ours.named_modules() if isinstance(m, NF4Linear)}
+    assert len(packed) == 14
+    for name, linear in packed.items():
+        weight = theirs.get_submodule(f"model.{name}").weight
+        want = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        # bitsandbytes' CPU decoder is wrong where blocks cross rows.
+        if linear.in_features % 64 == 0:
+            assert_same_bits(linear.dequantize(torch.bfloat16), want, name)
 
 
 def test_nf4_costs_little_on_real_text(data_dir):
