@@ -145,7 +145,7 @@ class Llama(nn.Module):
     def reset_parameters(self) -> None:
         """N(0, 0.02²), and for what writes into the residual stream the same over sqrt(2·n_layers) (GPT-2)."""
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if type(module) in (nn.Linear, nn.Embedding):
                 deep = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if deep else 0.02)
 
@@ -228,8 +228,8 @@ def default_positions(T: int, cache: KVCache | None, cu_seqlens: Tensor | None, 
     if cache is not None:
         return cache.lengths[:, None] + t
     if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens, t, right=True) - 1
-        return t - cu_seqlens[sequence]
+        starts = cu_seqlens.to(t.dtype)
+        return t - starts[torch.searchsorted(starts, t, right=True) - 1]
     return t
 
 
