@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -47,6 +48,12 @@ void check(bool holds, const char* op, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
+inline void check_sizes(const char* op, const char* name, const Tensor& t,
+                        torch::headeronly::IntHeaderOnlyArrayRef want) {
+  const bool same = t.dim() == int64_t(want.size()) && std::equal(want.begin(), want.end(), t.sizes().begin());
+  if (!same) check(false, op, ": ", name, " must have shape ", shape_text(want), ", got ", shape_text(t.sizes()));
+}
+
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want) {
   bool same = t.dim() == int64_t(want.size());
   for (size_t i = 0; same && i < want.size(); ++i) same = t.size(i) == *(want.begin() + i);
@@ -79,9 +86,28 @@ inline Tensor inner_contiguous(const Tensor& t) {
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  int64_t strides[8], step = 1;
-  for (size_t i = sizes.size(); i-- > 0; step *= *(sizes.begin() + i)) strides[i] = step;
+// The rows of (..., C), `stride` elements apart; copied where no single stride reaches them all.
+struct Rows {
+  Tensor t;
+  int64_t count, stride;
+};
+
+inline Rows as_rows(const Tensor& t) {
+  int64_t count = 1, stride = 0, next = -1;  // next: the stride that the dimension further out must have
+  bool even = t.size(-1) <= 1 || t.stride(-1) == 1;
+  for (int64_t i = t.dim() - 2; i >= 0; --i) {
+    count *= t.size(i);
+    if (t.size(i) == 1) continue;
+    even = even && (next < 0 || t.stride(i) == next);
+    if (next < 0) stride = t.stride(i);
+    next = t.stride(i) * t.size(i);
+  }
+  return even ? Rows{t, count, stride} : Rows{torch::stable::contiguous(t), count, t.size(-1)};
+}
+
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
+  int64_t strides[64], step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= sizes[i]) strides[i] = step;
   int32_t device_type, device_index;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));

@@ -138,6 +138,24 @@ inline float sum(Vec x) { return vaddvq_f32((float32x4_t)x); }
 inline float max_of(Vec x) { return vmaxvq_f32((float32x4_t)x); }
 #endif
 
+// A row in vectors: fn(i, Whole{}) for each whole vector at i, then fn(i, n) for the n elements that are left.
+// load(p + i, n) and store(p + i, x, n) take either.
+struct Whole {};
+template <typename T>
+inline Vec load(const T* p, Whole) {
+  return load(p);
+}
+template <typename T>
+inline void store(T* p, Vec x, Whole) {
+  store(p, x);
+}
+template <typename Fn>
+inline __attribute__((always_inline)) void for_vectors(int64_t count, const Fn& fn) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) fn(i, Whole{});
+  if (i < count) fn(i, int(count - i));
+}
+
 // 2^r for |r| <= 1/2, by its Taylor series: the term left out is below 2e-7.
 inline Vec exp2_fraction(Vec r) {
   Vec p = broadcast(1.5403530e-4f);  // (ln 2)^6 / 6!
