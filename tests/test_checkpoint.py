@@ -4,6 +4,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from llamakern.config import LlamaConfig, RopeScaling
 from llamakern.model import Llama
 from llamakern.nn import NF4Linear, quantize_
 
+FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=44, vocab_size=37, max_seq_len=16)
 
 
@@ -29,6 +31,15 @@ def assert_same_model(a, b):
     for (name, p), (other, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
         assert name == other
         assert_same_bits(p.detach().reshape(-1), q.detach().reshape(-1), name)
+
+
+@pytest.mark.parametrize("name", ["hf-tied-bf16", "hf-sharded", "hf-nf4", "hf-nf4-double", "llama2c.bin"])
+def test_every_format_loads_for_ever(name):
+    """Files written once and never again: a model of one layer, and its logits after five tokens."""
+    model = from_pretrained(FIXTURES / name, dtype=torch.float32)
+    want = json.loads((FIXTURES / "logits.json").read_text())[name]
+    logits = model(torch.tensor([[1, 5, 9, 2, 15]]))[0, -1]
+    torch.testing.assert_close(logits, torch.tensor(want), rtol=0, atol=1e-5)
 
 
 def edit_config(folder, **change):

@@ -1,6 +1,7 @@
 import json
 import random
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,20 @@ def test_lengths_are_bounded(tmp_path):
     path.write_bytes(struct.pack("<ifi", 20, 0.0, 1) + b"a")
     with pytest.raises(ValueError, match=r"must hold 3 marks and 256 bytes, got 1 pieces"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [
+        ("tok.bin", [1, 263, 263, 259, 260, 2]),
+        ("tokenizer.json", [0, 6, 6, 2, 3, 1]),
+        ("tokenizer.model", [1, 4, 4, 3, 2]),
+    ],
+)
+def test_every_format_loads_for_ever(name, ids):
+    tokenizer = load_tokenizer(Path(__file__).parent / "fixtures" / name)
+    assert tokenizer.encode("ab ab a", eos=True) == ids
+    assert tokenizer.decode(ids) == "ab ab a"
 
 
 @pytest.mark.parametrize("file", ["mistral-tokenizer/tokenizer.model.v1", "storyllamas/tokenizer_4096.model"])
