@@ -161,6 +161,8 @@ def _check(tokens, lengths, max_new_tokens, stop, tokenizer) -> tuple[int, int]:
         raise ValueError(f"generate: lengths must be {B} numbers from 1 to {T}, got {lengths.tolist()}")
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
+    if stop is not None and "" in ((stop,) if isinstance(stop, str) else stop):
+        raise ValueError(f"generate: stop must hold no empty string, got {stop!r}")
     if stop is not None and tokenizer is None:
         raise ValueError("generate: tokenizer must be given with stop, got None")
     return B, T

@@ -25,7 +25,8 @@ from llamakern.rotary import cos_sin
 class KVCache:
     """Keys and values of every layer, preallocated.
 
-    k, v: one tensor (B, S, Hkv, D) per layer. lengths: int32 (B,), how many keys of each row are valid.
+    k, v: one tensor (B, S, Hkv, D) per layer. lengths: int32 (B,), how many keys of each row are valid; while the
+    layers run, the tokens that they are given count too.
     """
 
     def __init__(self, n_layers: int, batch: int, max_len: int, n_kv_heads: int, head_dim: int, *, dtype, device):

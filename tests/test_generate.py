@@ -193,6 +193,7 @@ def test_quantised_model_generates(model):
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and above 0, got 0.0"),
+        ({"stop": ("x", "")}, "stop must hold no empty string, got"),
         ({"stop": "x"}, "tokenizer must be given with stop, got None"),
     ],
 )

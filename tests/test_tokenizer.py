@@ -7,6 +7,7 @@ import pytest
 
 from llamakern.tokenizer import Llama2cTokenizer, load_tokenizer
 
+FIXTURES = Path(__file__).parent / "fixtures"
 TEXT = "Once upon a time, there was a café ☕ in\n日本. <s> <0x0A>  Two  spaces."
 
 
@@ -110,7 +111,7 @@ def test_lengths_are_bounded(tmp_path):
     ],
 )
 def test_every_format_loads_for_ever(name, ids):
-    tokenizer = load_tokenizer(Path(__file__).parent / "fixtures" / name)
+    tokenizer = load_tokenizer(FIXTURES / name)
     assert tokenizer.encode("ab ab a", eos=True) == ids
     assert tokenizer.decode(ids) == "ab ab a"
 
@@ -163,6 +164,10 @@ def test_which_file_of_a_folder(tmp_path, data_dir):
     assert type(load_tokenizer(tmp_path)) is Llama2cTokenizer
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"tokenizer.model must be a sentencepiece model, got"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((FIXTURES / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json must hold a JSON object, got"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json must be a tokenizer.json, got"):
