@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import SMALL, assert_same_model, edit_tensors, small
@@ -55,7 +56,6 @@ def test_nf4_folder_is_bitsandbytes_and_loads_again(tmp_path, head, double_quant
 
 
 def test_dynamic_map_is_that_of_bitsandbytes(data_dir):
-    np = pytest.importorskip("numpy")
     want = np.load(data_dir / "vectors" / "nf4_bitsandbytes.npz")["dq_code256"]
     assert_same_bits(dynamic_map(), torch.from_numpy(want))
 
@@ -126,7 +126,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts KiB only on Linux")
 def test_peak_memory_of_quantising_while_loading(tmp_path):
-    """128 MiB of dense blocks become 18 MiB; beside them stand the embedding and one tensor at a time."""
+    """98 MiB of dense blocks become 14 MiB; beside them stand the embedding and one tensor at a time."""
     config = SMALL.replace(dim=1024, n_layers=8, n_heads=16, n_kv_heads=16, hidden_dim=2816 // 4, vocab_size=64)
     model = Llama(config.replace(n_layers=1))
     model.save_pretrained(tmp_path / "start")
