@@ -183,15 +183,15 @@ class Llama(nn.Module):
         cu_seqlens: Tensor | None = None,  # int32 (n + 1,)
         mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, S)
     ) -> Tensor:  # (B, T, V)
-        """Logits. With a cache the tokens continue what it holds, and are added to it.
+        """Logits. With a cache the tokens continue what it holds and are added to it, and no gradient is recorded.
 
         `lengths` says how many of the T tokens of each row are real, the rest being padding on the right.
         Without `positions` they count from the start of each row, or of each packed sequence of `cu_seqlens` (B = 1).
         ValueError where shapes disagree, the cache is full, or a cache meets `cu_seqlens` or `mask`.
         """
-        return self.lm_head(
-            self.hidden(tokens, cache=cache, lengths=lengths, positions=positions, cu_seqlens=cu_seqlens, mask=mask)
-        )
+        with recorded(cache):
+            h = self.hidden(tokens, cache=cache, lengths=lengths, positions=positions, cu_seqlens=cu_seqlens, mask=mask)
+            return self.lm_head(h)
 
     def hidden(self, tokens, *, cache=None, lengths=None, positions=None, cu_seqlens=None, mask=None) -> Tensor:
         """What `lm_head` sees, (B, T, C): the same arguments as `forward`."""
@@ -203,15 +203,16 @@ class Llama(nn.Module):
             cache.grow(T)
         cos, sin = cos_sin(self.config, positions)
         ctx = AttendContext(cache=cache, positions=positions, cu_seqlens=cu_seqlens, mask=mask, cos=cos, sin=sin)
-        x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, ctx, use_reentrant=False)
-            else:
-                x = layer(x, ctx)
-        if cache is not None and lengths is not None:
-            cache.lengths += lengths.to(torch.int32) - T  # the padding is overwritten by the next tokens
-        return self.norm(x)
+        with recorded(cache):
+            x = self.embed_tokens(tokens)
+            for layer in self.layers:
+                if self.checkpoint_activations and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, ctx, use_reentrant=False)
+                else:
+                    x = layer(x, ctx)
+            if cache is not None and lengths is not None:
+                cache.lengths += lengths.to(torch.int32) - T  # the padding is overwritten by the next tokens
+            return self.norm(x)
 
     def loss(self, tokens, labels, *, positions=None, cu_seqlens=None, reduction="mean") -> Tensor:
         """Cross-entropy of the next token: labels[b, t] is the target at position t, -100 is ignored. float32."""
@@ -221,6 +222,11 @@ class Llama(nn.Module):
         else:
             loss = F.cross_entropy(self.lm_head(h).flatten(0, 1).float(), labels.flatten(), reduction=reduction)
         return loss.view_as(labels) if reduction == "none" else loss
+
+
+def recorded(cache: KVCache | None):
+    """The scope of a call: a cache is written in place, which has no gradient."""
+    return torch.set_grad_enabled(cache is None and torch.is_grad_enabled())
 
 
 def default_positions(T: int, cache: KVCache | None, cu_seqlens: Tensor | None, device) -> Tensor:

@@ -117,6 +117,7 @@ def test_cached_equals_full(model, chunks):
     cache = model.new_cache(2, 12)
     parts = [model(part, cache=cache) for part in tokens.split(chunks, 1)]
     close(torch.cat(parts, 1), model(tokens))
+    assert not any(part.requires_grad for part in parts)
     assert cache.lengths.tolist() == [11, 11]
 
 
