@@ -169,9 +169,11 @@ class Llama(nn.Module):
         save_pretrained(self, path)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens, in the model's dtype and on its device."""
+        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have."""
         c, like = self.config, self.embed_tokens.weight
-        return KVCache(c.n_layers, batch, max_len, c.n_kv_heads, c.head_dim, dtype=like.dtype, device=like.device)
+        cast = torch.is_autocast_enabled(like.device.type)
+        dtype = torch.get_autocast_dtype(like.device.type) if cast else like.dtype
+        return KVCache(c.n_layers, batch, max_len, c.n_kv_heads, c.head_dim, dtype=dtype, device=like.device)
 
     def forward(
         self,
