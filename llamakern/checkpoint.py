@@ -6,6 +6,7 @@ writes Hugging Face folders. Nothing in a file is executed: safetensors, JSON an
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from llamakern.model import Llama
 from llamakern.nn import NF4Linear
 from llamakern.rotary import interleaved_to_half
 
+OWN_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -38,6 +40,10 @@ def from_pretrained(path, *, quantize=None, quantize_head=False, dtype=None) -> 
     if quantize_head and quantize is None:
         raise ValueError("checkpoint: quantize must be 'nf4' with quantize_head, got None")
     source = open_source(path)
+    if source.config.n_layers > len(source.shapes):
+        raise ValueError(
+            f"checkpoint: {path} must hold {source.config.n_layers} layers, got {len(source.shapes)} tensors"
+        )
     with torch.device("meta"):
         model = Llama(source.config)
     for name, stored in match_keys(model, source).items():
@@ -45,7 +51,7 @@ def from_pretrained(path, *, quantize=None, quantize_head=False, dtype=None) -> 
         place(model, name, source.read(stored), packs, dtype or source.dtype)
     model.tie_weights()
     if quantize_head and type(model.lm_head) is nn.Linear:
-        model.lm_head = NF4Linear.from_linear(model.lm_head)
+        model.lm_head = pack(model.lm_head.weight)
         model.config = model.config.replace(tie_embeddings=False)
     return model
 
@@ -94,12 +100,16 @@ def same(a: Tensor | NF4Linear, b: Tensor | NF4Linear) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
 
 
+def pack(weight: Tensor) -> NF4Linear:
+    return NF4Linear.from_weight(weight.float() if weight.dtype == torch.float16 else weight)
+
+
 def place(model: Llama, name: str, tensor: Tensor | NF4Linear, packs: bool, dtype: torch.dtype | None) -> None:
     """Puts one tensor where the meta-device model wants it, packing it first if `packs`."""
     path = name.rpartition(".")[0]
     module = model.get_submodule(path)
     if packs and isinstance(tensor, Tensor) and isinstance(module, nn.Linear):
-        tensor = NF4Linear.from_weight(tensor if tensor.dtype != torch.float16 else tensor.float())
+        tensor = pack(tensor)
     if isinstance(tensor, NF4Linear):
         if not isinstance(module, nn.Linear):
             raise ValueError(f"checkpoint: {name} must be dense, got a packed NF4 weight")
@@ -131,14 +141,17 @@ def save_pretrained(model: Llama, path, *, max_shard_bytes: int = 5_000_000_000)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write(folder / INDEX, lambda target: target.write_text(json.dumps(index, indent=2) + "\n"))
     write(folder / "config.json", lambda target: target.write_text(json.dumps(config, indent=2) + "\n"))
-    for old in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / f for f in files}:
-        if old.name != INDEX or len(shards) == 1:
-            old.unlink(missing_ok=True)
+    for old in list(folder.iterdir()):
+        stale = OWN_FILE.fullmatch(old.name) and old.name not in files
+        if stale or (old.name == INDEX and len(shards) == 1):
+            old.unlink()
 
 
 def collect(model: Llama) -> tuple[dict[str, Tensor], dict]:
     """The tensors under their Hugging Face names, and the contents of config.json."""
     c = model.config
+    if getattr(model.lm_head, "weight", None) is not model.embed_tokens.weight:
+        c = c.replace(tie_embeddings=False)
     dtype = model.embed_tokens.weight.dtype
     with torch.device("meta"):
         wanted = {name for name, _ in Llama(c).named_parameters()}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ class HuggingFaceFolder:
         self.path = path
         config = read_json(path / "config.json")
         self.config = LlamaConfig.from_hf(config)
-        self.dtype = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
+        self.dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
         method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
         if method != "bitsandbytes":
             raise ValueError(f"checkpoint: quant_method of {path} must be 'bitsandbytes', got {method!r}")
@@ -57,12 +58,13 @@ class HuggingFaceFolder:
         if not (self.path / INDEX).is_file():
             raise FileNotFoundError(f"checkpoint: {self.path} must hold model.safetensors or {INDEX}, got neither")
         weight_map = read_json(self.path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"checkpoint: {self.path / INDEX} must hold a weight_map, got {weight_map!r}")
-        for file in sorted(set(weight_map.values())):
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"checkpoint: weight_map of {self.path / INDEX} must name files, got {weight_map!r:.80}")
+        files = sorted(set(weight_map.values()))
+        for file in files:
             if Path(file).name != file or not (self.path / file).is_file():
                 raise FileNotFoundError(f"checkpoint: {self.path} must hold every shard of its index, got no {file}")
-        return [self.path / file for file in sorted(set(weight_map.values()))]
+        return [self.path / file for file in files]
 
     def _get(self, file: Path, key: str) -> Tensor:
         with open_safetensors(file) as f:
@@ -81,9 +83,11 @@ def parameter_name(key: str) -> str:
     return key.removeprefix("model.")
 
 
+@contextmanager
 def open_safetensors(file: Path):
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt") as f:
+            yield f
     except SafetensorError as e:
         raise ValueError(f"checkpoint: {file} must be a whole safetensors file, got {e}") from None
 

@@ -25,7 +25,8 @@ from llamakern.rotary import cos_sin
 class KVCache:
     """Keys and values of every layer, preallocated.
 
-    k, v: one tensor (B, S, Hkv, D) per layer. lengths: int32 (B,), how many keys of each row are valid.
+    k, v: one tensor (B, S, Hkv, D) per layer. lengths: int32 (B,), how many keys of each row are valid; while the
+    layers run, the tokens that they are given count too.
     """
 
     def __init__(self, n_layers: int, batch: int, max_len: int, n_kv_heads: int, head_dim: int, *, dtype, device):
@@ -145,7 +146,7 @@ class Llama(nn.Module):
     def reset_parameters(self) -> None:
         """N(0, 0.02²), and for what writes into the residual stream the same over sqrt(2·n_layers) (GPT-2)."""
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if type(module) in (nn.Linear, nn.Embedding):
                 deep = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if deep else 0.02)
 
@@ -168,9 +169,11 @@ class Llama(nn.Module):
         save_pretrained(self, path)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens, in the model's dtype and on its device."""
+        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have."""
         c, like = self.config, self.embed_tokens.weight
-        return KVCache(c.n_layers, batch, max_len, c.n_kv_heads, c.head_dim, dtype=like.dtype, device=like.device)
+        cast = torch.is_autocast_enabled(like.device.type)
+        dtype = torch.get_autocast_dtype(like.device.type) if cast else like.dtype
+        return KVCache(c.n_layers, batch, max_len, c.n_kv_heads, c.head_dim, dtype=dtype, device=like.device)
 
     def forward(
         self,
@@ -182,15 +185,15 @@ class Llama(nn.Module):
         cu_seqlens: Tensor | None = None,  # int32 (n + 1,)
         mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, S)
     ) -> Tensor:  # (B, T, V)
-        """Logits. With a cache the tokens continue what it holds, and are added to it.
+        """Logits. With a cache the tokens continue what it holds and are added to it, and no gradient is recorded.
 
         `lengths` says how many of the T tokens of each row are real, the rest being padding on the right.
         Without `positions` they count from the start of each row, or of each packed sequence of `cu_seqlens` (B = 1).
         ValueError where shapes disagree, the cache is full, or a cache meets `cu_seqlens` or `mask`.
         """
-        return self.lm_head(
-            self.hidden(tokens, cache=cache, lengths=lengths, positions=positions, cu_seqlens=cu_seqlens, mask=mask)
-        )
+        with recorded(cache):
+            h = self.hidden(tokens, cache=cache, lengths=lengths, positions=positions, cu_seqlens=cu_seqlens, mask=mask)
+            return self.lm_head(h)
 
     def hidden(self, tokens, *, cache=None, lengths=None, positions=None, cu_seqlens=None, mask=None) -> Tensor:
         """What `lm_head` sees, (B, T, C): the same arguments as `forward`."""
@@ -202,15 +205,16 @@ class Llama(nn.Module):
             cache.grow(T)
         cos, sin = cos_sin(self.config, positions)
         ctx = AttendContext(cache=cache, positions=positions, cu_seqlens=cu_seqlens, mask=mask, cos=cos, sin=sin)
-        x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, ctx, use_reentrant=False)
-            else:
-                x = layer(x, ctx)
-        if cache is not None and lengths is not None:
-            cache.lengths += lengths.to(torch.int32) - T  # the padding is overwritten by the next tokens
-        return self.norm(x)
+        with recorded(cache):
+            x = self.embed_tokens(tokens)
+            for layer in self.layers:
+                if self.checkpoint_activations and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, ctx, use_reentrant=False)
+                else:
+                    x = layer(x, ctx)
+            if cache is not None and lengths is not None:
+                cache.lengths += lengths.to(torch.int32) - T  # the padding is overwritten by the next tokens
+            return self.norm(x)
 
     def loss(self, tokens, labels, *, positions=None, cu_seqlens=None, reduction="mean") -> Tensor:
         """Cross-entropy of the next token: labels[b, t] is the target at position t, -100 is ignored. float32."""
@@ -222,14 +226,19 @@ class Llama(nn.Module):
         return loss.view_as(labels) if reduction == "none" else loss
 
 
+def recorded(cache: KVCache | None):
+    """The scope of a call: a cache is written in place, which has no gradient."""
+    return torch.set_grad_enabled(cache is None and torch.is_grad_enabled())
+
+
 def default_positions(T: int, cache: KVCache | None, cu_seqlens: Tensor | None, device) -> Tensor:
     """Positions that count from each row's (B, T) or each packed sequence's (T,) first token."""
     t = torch.arange(T, device=device)
     if cache is not None:
         return cache.lengths[:, None] + t
     if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens, t, right=True) - 1
-        return t - cu_seqlens[sequence]
+        starts = cu_seqlens.to(t.dtype)
+        return t - starts[torch.searchsorted(starts, t, right=True) - 1]
     return t
 
 

@@ -9,7 +9,8 @@ from llamakern import ops
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + eps)·weight over the last dimension, statistics in float32 (arXiv 1910.07467, eq. 4).
 
-    With `residual`, the sum s = x + residual is normalised and (y, s) is returned.
+    With `residual`, the sum s = x + residual is normalised and (y, s) is returned, both in the residual's dtype: under
+    autocast x comes from a linear in a narrower one.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5):
@@ -18,6 +19,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
+        x = x if residual is None else x.to(residual.dtype)
         return ops.rms_norm(x, self.weight, eps=self.eps, residual=residual)
 
     def extra_repr(self) -> str:

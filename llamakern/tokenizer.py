@@ -96,10 +96,8 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"tokenizer: {path} must be a tokenizer.json, got {e}") from None
         self.model.no_truncation()
         self.model.no_padding()
-        named = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if path.with_name(name).is_file():
-                named |= json.loads(path.with_name(name).read_text(encoding="utf-8"))
+        named = _read_object(path.with_name("special_tokens_map.json"))
+        named |= _read_object(path.with_name("tokenizer_config.json"))
         self.vocab_size = self.model.get_vocab_size()
         self._set_marks(*(self._mark(named, mark) for mark in MARKS))
 
@@ -116,6 +114,13 @@ class JsonTokenizer(Tokenizer):
         # Some files do not mark their begin and end tokens as special.
         kept = [int(i) for i in ids if int(i) not in (self.bos_id, self.eos_id)]
         return self.model.decode(kept, skip_special_tokens=True)
+
+
+def _read_object(file: Path) -> dict:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"tokenizer: {file} must hold a JSON object, got {e}") from None
 
 
 class Llama2cTokenizer(Tokenizer):

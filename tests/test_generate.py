@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from llamakern.config import LlamaConfig
-from llamakern.generation import generate, pick, restrict
+from llamakern.generation import Sampling, generate
 from llamakern.model import Llama
 from llamakern.nn import quantize_
 from llamakern.tokenizer import load_tokenizer
@@ -116,27 +116,38 @@ def test_tiny_temperature_and_top_1_are_greedy(model):
 
 
 def kept(logits, **knobs):
-    return [
-        row.isfinite().nonzero().flatten().tolist()
-        for row in restrict(logits, **{"top_k": None, "top_p": None} | knobs)
-    ]
+    return [row.isfinite().nonzero().flatten().tolist() for row in Sampling(**knobs).restrict(logits)]
 
 
 def test_restrict():
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]]).log()
-    assert kept(logits) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    whole = [0, 1, 2, 3]
+    assert kept(logits) == kept(logits, top_k=9) == kept(logits, top_p=1.0) == kept(logits, min_p=0.0) == [whole, whole]
     assert kept(logits[:1], top_k=2) == [[1, 3]]
-    assert kept(logits, top_k=9) == [[0, 1, 2, 3], [0, 1, 2, 3]]
     assert kept(logits, top_p=0.65) == [[1, 3], [0]]
     assert kept(logits, top_p=0.75) == [[1, 2, 3], [0]]
+    assert kept(logits, min_p=0.4) == [[1, 2, 3], [0]]
+    assert kept(logits, min_p=1.0) == [[1], [0]]
     assert kept(logits[:1], top_k=2, top_p=0.5) == [[1]]  # 0.4 of the remaining 0.7 is more than half
 
 
 def test_draws_follow_the_probabilities():
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logits = (p.log() * 2).expand(20000, 4)
-    counts = torch.bincount(pick(logits, 2.0, None, None, torch.Generator().manual_seed(0)), minlength=4)
-    assert (counts / 20000 - p).abs().max() < 0.015
+    drawn = Sampling(temperature=2.0).pick(logits, None, torch.Generator().manual_seed(0))
+    assert (torch.bincount(drawn, minlength=4) / 20000 - p).abs().max() < 0.015
+
+
+def test_repetition_penalty(model):
+    logits = torch.tensor([[2.0, 1.5, -1.0], [-1.0, -1.5, -2.0]])
+    seen = torch.tensor([[True, False, False], [True, False, True]])
+    assert Sampling(repetition_penalty=1.3).pick(logits, seen).tolist() == [0, 0]
+    assert Sampling(repetition_penalty=1.6).pick(logits, seen).tolist() == [1, 1]
+    prompts = torch.randint(0, 37, (2, 4))
+    out = generate(model, prompts, max_new_tokens=20, repetition_penalty=1e9)
+    for row in out.tolist():
+        assert len(set(row[4:])) == 20
+        assert not set(row[:4]) & set(row[4:])
 
 
 def test_dropout_is_off_and_modes_come_back(model):
@@ -180,6 +191,9 @@ def test_quantised_model_generates(model):
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and above 0, got 0.0"),
+        ({"stop": ("x", "")}, "stop must hold no empty string, got"),
         ({"stop": "x"}, "tokenizer must be given with stop, got None"),
     ],
 )

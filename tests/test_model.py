@@ -117,6 +117,7 @@ def test_cached_equals_full(model, chunks):
     cache = model.new_cache(2, 12)
     parts = [model(part, cache=cache) for part in tokens.split(chunks, 1)]
     close(torch.cat(parts, 1), model(tokens))
+    assert not any(part.requires_grad for part in parts)
     assert cache.lengths.tolist() == [11, 11]
 
 
@@ -260,6 +261,23 @@ def test_bfloat16(model):
     assert cache.k[0].dtype == torch.bfloat16
     parts = torch.cat([model(tokens[:, :4], cache=cache), model(tokens[:, 4:], cache=cache)], 1)
     assert (parts.double() - truth).abs().mean() < 0.02 * truth.abs().mean()
+
+
+def test_autocast(model):
+    """Linears and attention run in bfloat16; the residual stream, the norms and the loss stay in float32."""
+    tokens, labels = torch.randint(0, 37, (2, 9)), torch.randint(0, 37, (2, 9))
+    want, loss_want = model(tokens), model.loss(tokens, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, loss = model(tokens), model.loss(tokens, labels)
+        cache = model.new_cache(2, 9)
+        parts = torch.cat([model(tokens[:, :4], cache=cache), model(tokens[:, 4:], cache=cache)], 1)
+    assert y.dtype == parts.dtype == cache.k[0].dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    assert (loss - loss_want).abs() < 0.02 * loss_want
+    for t in (y, parts):
+        assert (t - want).abs().mean() < 0.02 * want.abs().mean()
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_quantised_model_stays_near(model):

@@ -1,11 +1,13 @@
 import json
 import random
 import struct
+from pathlib import Path
 
 import pytest
 
 from llamakern.tokenizer import Llama2cTokenizer, load_tokenizer
 
+FIXTURES = Path(__file__).parent / "fixtures"
 TEXT = "Once upon a time, there was a café ☕ in\n日本. <s> <0x0A>  Two  spaces."
 
 
@@ -100,6 +102,20 @@ def test_lengths_are_bounded(tmp_path):
         load_tokenizer(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [
+        ("tok.bin", [1, 263, 263, 259, 260, 2]),
+        ("tokenizer.json", [0, 6, 6, 2, 3, 1]),
+        ("tokenizer.model", [1, 4, 4, 3, 2]),
+    ],
+)
+def test_every_format_loads_for_ever(name, ids):
+    tokenizer = load_tokenizer(FIXTURES / name)
+    assert tokenizer.encode("ab ab a", eos=True) == ids
+    assert tokenizer.decode(ids) == "ab ab a"
+
+
 @pytest.mark.parametrize("file", ["mistral-tokenizer/tokenizer.model.v1", "storyllamas/tokenizer_4096.model"])
 def test_sentencepiece(data_dir, file):
     import sentencepiece
@@ -148,6 +164,10 @@ def test_which_file_of_a_folder(tmp_path, data_dir):
     assert type(load_tokenizer(tmp_path)) is Llama2cTokenizer
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"tokenizer.model must be a sentencepiece model, got"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((FIXTURES / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json must hold a JSON object, got"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json must be a tokenizer.json, got"):
