@@ -48,14 +48,18 @@ def differentiable(
 
 
 def backward_op(name: str, *, fake: Callable) -> Callable:
-    """Gives a backward op its shapes. Taking the gradient of a backward raises RuntimeError."""
+    """Gives a backward op its shapes. Its own gradient cannot be taken."""
     torch.library.register_fake(f"llamakern::{name}")(fake)
-    raw = getattr(torch.ops.llamakern, name).default
+    return once(name, getattr(torch.ops.llamakern, name).default)
+
+
+def once(name: str, fn: Callable) -> Callable:
+    """fn, a step of a backward: where its own gradient would be recorded, taking that gradient raises RuntimeError."""
 
     class Once(torch.autograd.Function):
         @staticmethod
         def forward(*args):
-            return raw(*args)
+            return fn(*args)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -66,7 +70,7 @@ def backward_op(name: str, *, fake: Callable) -> Callable:
             raise RuntimeError(f"{name}: double backward is not supported")
 
     def call(*args):
-        return (Once.apply if wants_grad(*(a for a in args if isinstance(a, Tensor))) else raw)(*args)
+        return (Once.apply if wants_grad(*(a for a in args if isinstance(a, Tensor))) else fn)(*args)
 
     return call
 
