@@ -76,17 +76,21 @@ inline Tensor inner_contiguous(const Tensor& t) {
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  int64_t strides[8], step = 1;
-  for (size_t i = sizes.size(); i-- > 0; step *= *(sizes.begin() + i)) strides[i] = step;
+inline Tensor empty(const int64_t* sizes, size_t dim, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(dim);
+  int64_t step = 1;
+  for (size_t i = dim; i-- > 0; step *= sizes[i]) strides[i] = step;
   int32_t device_type, device_index;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dim), sizes, strides.data(),
                                                   torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                                   device_type, device_index, &handle));
   return Tensor(handle);
+}
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return empty(sizes.begin(), sizes.size(), dtype, like);
 }
 
 template <typename T>
