@@ -7,7 +7,7 @@
 
 namespace llamakern::LK_ISA {
 
-constexpr int64_t kStreamTokens = 4;    // from here on the tile, which decodes once for 16 lanes, is faster
+constexpr int64_t kStreamTokens = 8;    // from here on the tile, which decodes once for 16 lanes, is faster
 constexpr int64_t kStreamRows = 32;     // rows of a task; two streams far apart keep more cache lines in flight than one
 constexpr int64_t kStreamAhead = 8192;  // bytes
 
@@ -16,7 +16,8 @@ inline bool can_stream(const Nf4Matrix& w, int64_t M) { return M <= kStreamToken
 // sums[r][m] = Σ_k W[row + r·far][k] · x[m][k], x as words [M][K / kPer].
 template <typename W, int M, int NR>
 inline void stream_rows(float (&sums)[NR][M], const Nf4Matrix& w, int64_t row, int64_t far, const uint32_t* x) {
-  Vec acc[NR][M] = {};
+  constexpr int chains = M == 1 ? (kUnitVecs<W> < 4 ? kUnitVecs<W> : 4) : M == 2 ? 2 : 1;  // sums that do not wait for each other
+  Vec acc[NR][M][chains] = {};
   const int64_t words = w.K / W::kPer;
   for (int64_t k = 0; k < w.K; k += kUnit)
 #pragma GCC unroll 2
@@ -26,15 +27,22 @@ inline void stream_rows(float (&sums)[NR][M], const Nf4Matrix& w, int64_t row, i
       IVec unit[kUnitVecs<W>];
       decode_unit(W(), unit, w.codes + i / 2, w.block_scale(i >> w.block_shift));
 #pragma GCC unroll 8
-      for (int v = 0; v < kUnitVecs<W>; ++v)
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < kUnitVecs<W>; ++v) {
           const IVec lanes = load_words(x + m * words + k / W::kPer + v * kLanes);
-          acc[r][m] = W::dot(acc[r][m], lanes, unit[v]);
+          acc[r][m][v % chains] = W::dot(acc[r][m][v % chains], lanes, unit[v]);
         }
     }
+#pragma GCC unroll 2
   for (int r = 0; r < NR; ++r)
-    for (int m = 0; m < M; ++m) sums[r][m] = sum(acc[r][m]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      Vec total = acc[r][m][0];
+#pragma GCC unroll 4
+      for (int c = 1; c < chains; ++c) total += acc[r][m][c];
+      sums[r][m] = sum(total);
+    }
 }
 
 // finish(n, m, Σ_k W[n][k] x[m][k]) for every n and m.
@@ -67,6 +75,10 @@ void with_tokens(int64_t M, const Fn& fn) {
     case 2: return fn.template operator()<2>();
     case 3: return fn.template operator()<3>();
     case 4: return fn.template operator()<4>();
+    case 5: return fn.template operator()<5>();
+    case 6: return fn.template operator()<6>();
+    case 7: return fn.template operator()<7>();
+    case 8: return fn.template operator()<8>();
   }
 }
 
