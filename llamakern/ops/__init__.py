@@ -1,7 +1,9 @@
 """LLaMA's kernels as torch ops. Tensors are positional, knobs keyword-only; each `<op>_reference` says what `<op>` means."""
 
-from llamakern.ops.rope import rope as rope
+from llamakern.ops.lora import lora_linear as lora_linear
+from llamakern.ops.lora import nf4_lora_linear as nf4_lora_linear
 from llamakern.ops.nf4 import nf4_dequantize as nf4_dequantize
 from llamakern.ops.nf4 import nf4_double_quantize as nf4_double_quantize
 from llamakern.ops.nf4 import nf4_linear as nf4_linear
 from llamakern.ops.nf4 import nf4_quantize as nf4_quantize
+from llamakern.ops.rope import rope as rope

@@ -233,7 +233,7 @@ def _backward(ctx, dy):
 
 def bias_gradient(dy, dtype):
     """dy (..., N) summed over the tokens, in float32."""
-    return dy.flatten(0, -2).sum(0, dtype=torch.float32).to(dtype)
+    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
 
 
 _raw, _recorded = differentiable("nf4_linear", fake=_fake, setup_context=_setup_context, backward=_backward)
