@@ -1,5 +1,9 @@
 """LLaMA's kernels as torch ops. Tensors are positional, knobs keyword-only; `<op>_reference` says what `<op>` means."""
 
+from llamakern.ops.attention import attention as attention
+from llamakern.ops.attention import attention_decode as attention_decode
+from llamakern.ops.attention import cache_append_ as cache_append_
+from llamakern.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from llamakern.ops.lora import lora_linear as lora_linear
 from llamakern.ops.lora import nf4_lora_linear as nf4_lora_linear
 from llamakern.ops.loss import linear_cross_entropy as linear_cross_entropy
