@@ -20,22 +20,29 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def swap(model: nn.Module, targets: Iterable[str], make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Replace every linear named in `targets` by make(linear).
+def match(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear]:
+    """The linears that `targets` name, by dotted name.
 
     A target is the last part of a dotted name ("q_proj") or a longer tail of it ("layers.0.self_attn.q_proj").
-    ValueError if one of them matches nothing.
+    ValueError if one of them names nothing.
     """
     found = linears(model)
-    used = {target: [name for name in found if f".{name}".endswith(f".{target}")] for target in targets}
-    missing = [target for target, names in used.items() if not names]
-    if missing or not used:
+    matches = {target: [name for name in found if f".{name}".endswith(f".{target}")] for target in targets}
+    missing = [target for target, names in matches.items() if not names]
+    if missing or not matches:
         have = sorted({name.rpartition(".")[2] for name in found})
         raise ValueError(
             f"peft: targets must name linears of the model, no module named any of {missing}; it has {have}"
         )
-    for name in dict.fromkeys(name for names in used.values() for name in names):
-        replace(model, name, make(found[name]))
+    return {name: found[name] for names in matches.values() for name in names}
+
+
+def swap(model: nn.Module, targets: Iterable[str], make: Callable[[nn.Linear], nn.Module]) -> list[nn.Module]:
+    """Replace every linear named in `targets` by make(linear); returns what was made."""
+    made = {name: make(linear) for name, linear in match(model, targets).items()}
+    for name, module in made.items():
+        replace(model, name, module)
+    return list(made.values())
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
