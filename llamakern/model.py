@@ -37,7 +37,7 @@ class KVCache:
 
     def grow(self, T: int) -> None:
         """Counts T new tokens in every row; the layers then write them."""
-        batch, max_len = self.k[0].shape[:2]
+        max_len = self.k[0].shape[1]
         if self.used + T > max_len:
             raise ValueError(f"cache: max_len must be at least {self.used + T}, got {max_len}")
         self.lengths += T
