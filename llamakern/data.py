@@ -95,13 +95,14 @@ class Batch(NamedTuple):
     labels: Tensor  # (B, T) int64
     positions: Tensor | None = None  # (T,) int64
     cu_seqlens: Tensor | None = None  # (n + 1,) int32
+    n_tokens: int = 0  # without the padding
 
     @property
     def n_trained(self) -> int:
         return int((self.labels != IGNORED).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(None if t is None else t.to(device) for t in self))
+        return Batch(*(t.to(device) if isinstance(t, Tensor) else t for t in self))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
     T = max(len(e.tokens) for e in examples) - 1
     tokens = torch.tensor([e.inputs + [pad_id] * (T - len(e.inputs)) for e in examples])
     labels = torch.tensor([e.labels + [IGNORED] * (T - len(e.labels)) for e in examples])
-    return Batch(tokens, labels)
+    return Batch(tokens, labels, n_tokens=sum(len(e.inputs) for e in examples))
 
 
 def pack(examples: Sequence[Example], length: int, pad_id: int) -> Batch:
@@ -282,10 +283,11 @@ def pack(examples: Sequence[Example], length: int, pad_id: int) -> Batch:
     tokens = [t for e in examples for t in e.inputs]
     labels = [t for e in examples for t in e.labels]
     sizes = [len(e.inputs) for e in examples]
-    if rest := length - len(tokens):
+    n_tokens = len(tokens)
+    if rest := length - n_tokens:
         tokens += [pad_id] * rest
         labels += [IGNORED] * rest
         sizes.append(rest)
     bounds = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
     positions = torch.cat([torch.arange(n) for n in sizes])
-    return Batch(torch.tensor([tokens]), torch.tensor([labels]), positions, bounds)
+    return Batch(torch.tensor([tokens]), torch.tensor([labels]), positions, bounds, n_tokens)
