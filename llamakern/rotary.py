@@ -34,3 +34,9 @@ def cos_sin(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of each position's angles: positions (...,) integer -> two float32 tensors (..., D/2)."""
     angle = positions[..., None].double() * frequencies(config, positions.device)
     return angle.cos().float(), angle.sin().float()
+
+
+def interleaved_to_half(weight: Tensor, n_heads: int) -> Tensor:
+    """Reorders the rows of a q or k projection (n_heads·D, ...) from pairs (2i, 2i + 1) to pairs (i, i + D/2)."""
+    D = weight.shape[0] // n_heads
+    return weight.view(n_heads, D // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
