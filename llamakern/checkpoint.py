@@ -69,7 +69,7 @@ def open_source(path):
 
 
 def match_keys(model: Llama, source) -> dict[str, str]:
-    """Which stored tensor fills each parameter. Of a tied pair either may be stored; if both are, they must be equal."""
+    """Which stored tensor fills each parameter. Of a tied pair either may be stored; if both are, they are equal."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     stored = {name: name for name in source.shapes}
     if source.config.tie_embeddings and HEAD in stored:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llamakern.checkpoint_nf4 import STATE, parse_state, unpack
+from llamakern.checkpoint_nf4 import STATE, SUFFIXES, parse_state, unpack
 from llamakern.config import LlamaConfig
 from llamakern.nn import NF4Linear
 
@@ -40,8 +40,8 @@ class HuggingFaceFolder:
         self.files, self.shapes, self.packed = {}, {}, {}
         for state in [key for key in stored if key.endswith(STATE)]:
             key = state.removesuffix(STATE)
-            group = [other for other in stored if other == key or other.startswith(key + ".")]
-            self.packed[parameter_name(key)] = {other.removeprefix(key): (stored.pop(other)[0], other) for other in group}
+            group = [suffix for suffix in SUFFIXES if key + suffix in stored]
+            self.packed[parameter_name(key)] = {s: (stored.pop(key + s)[0], key + s) for s in group}
         for name, parts in self.packed.items():
             if "" not in parts:
                 raise ValueError(f"checkpoint: {name} must be stored with its quant_state, got none")

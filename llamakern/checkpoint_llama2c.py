@@ -64,18 +64,23 @@ class Llama2cFile:
             ("mlp.down_proj.weight", (c.dim, c.hidden_dim)),
             ("mlp.up_proj.weight", (c.hidden_dim, c.dim)),
         ]
-        order = [("embed_tokens.weight", (c.vocab_size, c.dim))]
-        order += [(f"layers.{i}.{name}", shape) for name, shape in stacks for i in range(c.n_layers)]
-        order += [("norm.weight", (c.dim,)), (FREQUENCIES, (2, c.max_seq_len, c.head_dim // 2))]
-        order += [] if c.tie_embeddings else [("lm_head.weight", (c.vocab_size, c.dim))]
-        self.shapes, self.offsets, end = {}, {}, HEADER.size
-        for name, shape in order:
-            self.shapes[name], self.offsets[name] = shape, end
-            end += 4 * math.prod(shape)
-        del self.shapes[FREQUENCIES]
+        first = [("embed_tokens.weight", (c.vocab_size, c.dim))]
+        last = [("norm.weight", (c.dim,)), (FREQUENCIES, (2, c.max_seq_len, c.head_dim // 2))]
+        last += [] if c.tie_embeddings else [("lm_head.weight", (c.vocab_size, c.dim))]
+
+        def count(tensors):
+            return sum(math.prod(shape) for _, shape in tensors)
+
+        wanted = HEADER.size + 4 * (count(first) + c.n_layers * count(stacks) + count(last))
         size = self.path.stat().st_size
-        if size != end:
-            raise ValueError(f"checkpoint: {self.path} must have {end} bytes as its header says, got {size}")
+        if size != wanted:
+            raise ValueError(f"checkpoint: {self.path} must have {wanted} bytes as its header says, got {size}")
+        stacked = [(f"layers.{i}.{name}", shape) for name, shape in stacks for i in range(c.n_layers)]
+        self.shapes, self.offsets, at = {}, {}, HEADER.size
+        for name, shape in first + stacked + last:
+            self.shapes[name], self.offsets[name] = shape, at
+            at += 4 * math.prod(shape)
+        del self.shapes[FREQUENCIES]
 
     def read(self, name: str) -> Tensor:
         shape = self.shapes[name]

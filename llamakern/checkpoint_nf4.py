@@ -1,10 +1,10 @@
 """A 4-bit linear as bitsandbytes stores it in safetensors, so that its files load here and ours load there.
 
-    <p>.weight                                   uint8 (ceil(N·K/2), 1)
-    <p>.weight.absmax                            float32 (blocks,), or uint8 with double quantisation
-    <p>.weight.quant_map                         float32 (16,): the code book
-    <p>.weight.quant_state.bitsandbytes__nf4     uint8: JSON with quant_type, blocksize, dtype, shape
-    <p>.weight.nested_absmax, nested_quant_map   float32 (ceil(blocks/256),) and (256,); the JSON holds nested_offset
+<p>.weight                                   uint8 (ceil(N·K/2), 1)
+<p>.weight.absmax                            float32 (blocks,), or uint8 with double quantisation
+<p>.weight.quant_map                         float32 (16,): the code book
+<p>.weight.quant_state.bitsandbytes__nf4     uint8: JSON with quant_type, blocksize, dtype, shape
+<p>.weight.nested_absmax, nested_quant_map   float32 (ceil(blocks/256),) and (256,); the JSON holds nested_offset
 """
 
 import json
@@ -16,6 +16,7 @@ from llamakern.nn import NF4Linear
 from llamakern.ops.nf4 import CODEBOOK
 
 STATE = ".quant_state.bitsandbytes__nf4"
+SUFFIXES = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
 NESTED_BLOCK = 256
 
 
@@ -90,7 +91,6 @@ def check_map(name: str, suffix: str, tensors: dict[str, Tensor], wanted: Tensor
     stored = tensors.get(suffix)
     if stored is None or stored.shape != wanted.shape or not torch.allclose(stored.float(), wanted, rtol=0, atol=1e-6):
         raise ValueError(f"checkpoint: {name}{suffix} must be the NF4 code book of bitsandbytes, got another or none")
-
 
 
 def quantization_config(packed: dict[str, NF4Linear], dtype: torch.dtype) -> dict:

@@ -55,6 +55,10 @@ class LlamaConfig:
             raise ValueError(f"config: head_dim must be even, got {self.head_dim}")
         if self.rope_layout not in ("half", "interleaved"):
             raise ValueError(f"config: rope_layout must be 'half' or 'interleaved', got {self.rope_layout!r}")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"config: {name} must be a positive number, got {value!r}")
 
     @classmethod
     def preset(cls, name: str) -> "LlamaConfig":
@@ -86,7 +90,7 @@ class LlamaConfig:
             hidden_dim=hf["intermediate_size"],
             vocab_size=hf["vocab_size"],
             max_seq_len=max_seq_len,
-            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+            rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 10000.0,
             rope_scaling=_rope_scaling(rope, max_seq_len),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_embeddings=hf.get("tie_word_embeddings", False),
@@ -145,12 +149,11 @@ def _rope_scaling(rope: dict, max_seq_len: int) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise ValueError(f"config: rope_type must be 'default' or 'llama3', got {kind!r}")
-    return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_seq_len=rope.get("original_max_position_embeddings", max_seq_len),
-    )
+    factors = ("factor", "low_freq_factor", "high_freq_factor")
+    numbers = [rope.get(name) for name in factors] + [rope.get("original_max_position_embeddings", max_seq_len)]
+    if not all(isinstance(n, int | float) and n > 0 for n in numbers):
+        raise ValueError(f"config: rope_scaling must hold {', '.join(factors)} as positive numbers, got {rope}")
+    return RopeScaling(*numbers)
 
 
 def _sizes(dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim):

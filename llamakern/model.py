@@ -194,16 +194,11 @@ class Llama(nn.Module):
 
     def hidden(self, tokens, *, cache=None, lengths=None, positions=None, cu_seqlens=None, mask=None) -> Tensor:
         """What `lm_head` sees, (B, T, C): the same arguments as `forward`."""
-        if tokens.dim() != 2:
-            raise ValueError(f"model: tokens must have shape (B, T), got {list(tokens.shape)}")
+        check_call(tokens, cache, positions, cu_seqlens, mask)
         T = tokens.shape[1]
-        if cache is not None and (cu_seqlens is not None or mask is not None):
-            raise ValueError("model: cu_seqlens and mask must be None with a cache")
         if positions is None:
             positions = default_positions(T, cache, cu_seqlens, tokens.device)
         if cache is not None:
-            if cache.lengths.shape[0] != tokens.shape[0]:
-                raise ValueError(f"model: cache must have batch {tokens.shape[0]}, got {cache.lengths.shape[0]}")
             cache.grow(T)
         cos, sin = cos_sin(self.config, positions)
         ctx = AttendContext(cache=cache, positions=positions, cu_seqlens=cu_seqlens, mask=mask, cos=cos, sin=sin)
@@ -221,8 +216,9 @@ class Llama(nn.Module):
         """Cross-entropy of the next token: labels[b, t] is the target at position t, -100 is ignored. float32."""
         h = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens)
         if type(self.lm_head) is nn.Linear:
-            return ops.linear_cross_entropy(h, self.lm_head.weight, labels, reduction=reduction)
-        loss = F.cross_entropy(self.lm_head(h).flatten(0, 1).float(), labels.flatten(), reduction=reduction)
+            loss = ops.linear_cross_entropy(h, self.lm_head.weight, labels, reduction=reduction)
+        else:
+            loss = F.cross_entropy(self.lm_head(h).flatten(0, 1).float(), labels.flatten(), reduction=reduction)
         return loss.view_as(labels) if reduction == "none" else loss
 
 
@@ -235,3 +231,18 @@ def default_positions(T: int, cache: KVCache | None, cu_seqlens: Tensor | None, 
         sequence = torch.searchsorted(cu_seqlens, t, right=True) - 1
         return t - cu_seqlens[sequence]
     return t
+
+
+def check_call(tokens, cache, positions, cu_seqlens, mask) -> None:
+    """What the ops cannot say better themselves."""
+    if tokens.dim() != 2:
+        raise ValueError(f"model: tokens must have shape (B, T), got {list(tokens.shape)}")
+    B, T = tokens.shape
+    if positions is not None and tuple(positions.shape) not in ((T,), (B, T)):
+        raise ValueError(f"model: positions must have shape ({T},) or ({B}, {T}), got {list(positions.shape)}")
+    if cu_seqlens is not None and B != 1:
+        raise ValueError(f"model: tokens must have one row with cu_seqlens, got {B}")
+    if cache is not None and (cu_seqlens is not None or mask is not None):
+        raise ValueError("model: cu_seqlens and mask must be None with a cache")
+    if cache is not None and cache.lengths.shape[0] != B:
+        raise ValueError(f"model: cache must have batch {B}, got {cache.lengths.shape[0]}")

@@ -65,7 +65,9 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as e:
             raise ValueError(f"tokenizer: {path} must be a sentencepiece model, got {e}") from None
         self.vocab_size = self.model.vocab_size()
-        self._set_marks(*(i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id(), self.model.pad_id())))
+        self._set_marks(
+            *(i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id(), self.model.pad_id()))
+        )
 
     def _encode(self, text):
         return self.model.encode(text)
@@ -74,14 +76,16 @@ class SentencePieceTokenizer(Tokenizer):
         return self.model.decode([int(i) for i in ids])
 
 
-class JsonTokenizer(Tokenizer):
-    """Hugging Face's tokenizer.json; the marks are named by tokenizer_config.json or special_tokens_map.json beside it."""
+# What the marks are usually called, where no file beside tokenizer.json says so.
+MARKS = {
+    "bos_token": ("<s>", "<|begin_of_text|>"),
+    "eos_token": ("</s>", "<|end_of_text|>"),
+    "pad_token": ("<pad>", "<|finetune_right_pad_id|>"),
+}
 
-    GUESSES = {
-        "bos_token": ("<s>", "<|begin_of_text|>"),
-        "eos_token": ("</s>", "<|end_of_text|>"),
-        "pad_token": ("<pad>", "<|finetune_right_pad_id|>"),
-    }
+
+class JsonTokenizer(Tokenizer):
+    """Hugging Face's tokenizer.json. tokenizer_config.json or special_tokens_map.json beside it name the marks."""
 
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Fast
@@ -97,19 +101,21 @@ class JsonTokenizer(Tokenizer):
             if path.with_name(name).is_file():
                 named |= json.loads(path.with_name(name).read_text(encoding="utf-8"))
         self.vocab_size = self.model.get_vocab_size()
-        self._set_marks(*(self._mark(named, mark) for mark in self.GUESSES))
+        self._set_marks(*(self._mark(named, mark) for mark in MARKS))
 
     def _mark(self, named: dict, mark: str) -> int | None:
         token = named.get(mark)
         token = token.get("content") if isinstance(token, dict) else token
-        tried = (token,) if token else self.GUESSES[mark]
+        tried = (token,) if token else MARKS[mark]
         return next((i for i in map(self.model.token_to_id, tried) if i is not None), None)
 
     def _encode(self, text):
         return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        return self.model.decode([int(i) for i in ids], skip_special_tokens=True)
+        # Some files do not mark their begin and end tokens as special.
+        kept = [int(i) for i in ids if int(i) not in (self.bos_id, self.eos_id)]
+        return self.model.decode(kept, skip_special_tokens=True)
 
 
 class Llama2cTokenizer(Tokenizer):

@@ -1,6 +1,6 @@
 """SwiGLU (arXiv 2002.05202, eq. 6 without the linears).
 
-    y = silu(gate)·up            silu(g) = g / (1 + exp(-g))
+y = silu(gate)·up            silu(g) = g / (1 + exp(-g))
 """
 
 import torch.nn.functional as F

@@ -1,0 +1,129 @@
+// The guard at the door: every check that a tensor passes before csrc sees its pointer.
+//
+// Torch's stable ABI only, so that one build serves every torch from 2.10 on. Messages: "op: argument must ..., got
+// ...". A std::invalid_argument arrives in Python as ValueError, throw_type_error as TypeError.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../csrc/common/isa.h"
+#include "../csrc/common/types.h"
+
+namespace llamakern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void throw_type_error(const std::string& message);
+const char* dtype_name(ScalarType dtype);
+
+// "[2, 3]"
+template <typename Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << *(sizes.begin() + i);
+  text << ']';
+  return text.str();
+}
+
+// check(x.dim() == 2, op, ": x must have shape (M, K), got ", shape_text(x.sizes()))
+template <typename... Parts>
+void check(bool holds, const char* op, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  message << op;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want) {
+  bool same = t.dim() == int64_t(want.size());
+  for (size_t i = 0; same && i < want.size(); ++i) same = t.size(i) == *(want.begin() + i);
+  if (!same) check(false, op, ": ", name, " must have shape ", shape_text(want), ", got ", shape_text(t.sizes()));
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
+  if (t.scalar_type() != want)
+    throw_type_error(std::string(op) + ": " + name + " must be " + dtype_name(want) + ", got " +
+                     dtype_name(t.scalar_type()));
+}
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,
+                             const Tensor& like) {
+  if (t.scalar_type() != like.scalar_type())
+    throw_type_error(std::string(op) + ": " + name + " must be " + dtype_name(like.scalar_type()) + " like " +
+                     like_name + ", got " + dtype_name(t.scalar_type()));
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* like_name,
+                              const Tensor& like) {
+  if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index())
+    check(false, op, ": ", name, " must be on the device of ", like_name, ", got another one");
+}
+
+// Any strides are welcome where the last dimension is contiguous; else a copy is made.
+inline Tensor inner_contiguous(const Tensor& t) {
+  return t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  int64_t strides[8], step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= *(sizes.begin() + i)) strides[i] = step;
+  int32_t device_type, device_index;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+template <typename T>
+T* ptr(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+template <typename T>
+const T* cptr(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+const T* cptr(const std::optional<Tensor>& t) {
+  return t ? cptr<T>(*t) : nullptr;
+}
+
+// Calls fn<T>() for the storage type of t: the one list of float types.
+template <typename Fn>
+void dispatch_float(const char* op, const char* name, const Tensor& t, Fn&& fn) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return fn.template operator()<float>();
+    case ScalarType::BFloat16: return fn.template operator()<bfloat16>();
+    default:
+      throw_type_error(std::string(op) + ": " + name + " must be float32 or bfloat16, got " +
+                       dtype_name(t.scalar_type()));
+  }
+}
+
+// Each op has two names: `op`, which autograd knows (torch.ops, export), and `_op`, which the cheap front door calls.
+inline void define_op(torch::stable::detail::StableLibrary& m, const std::string& name, const std::string& schema) {
+  m.def((name + schema).c_str());
+  m.def(("_" + name + schema).c_str());
+}
+#define LK_IMPL(m, name, fn)    \
+  m.impl(name, TORCH_BOX(&fn)); \
+  m.impl("_" name, TORCH_BOX(&fn))
+
+}  // namespace llamakern

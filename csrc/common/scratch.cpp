@@ -1,0 +1,63 @@
+// A stack of memory for each thread. What does not fit is allocated by itself, and the stack grows to the most that was
+// in use at once, up to kKeep, when it is empty again.
+#include "scratch.h"
+
+#include <cstdlib>
+#include <new>
+
+namespace llamakern {
+namespace {
+
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kKeep = 0;  // each piece by itself, so that the sanitizer sees its end
+#else
+constexpr size_t kKeep = size_t(64) << 20;
+#endif
+
+size_t padded(size_t bytes) { return (bytes + 127) / 64 * 64; }
+
+void* allocate(size_t bytes) {
+  void* p = std::aligned_alloc(64, bytes);
+  if (!p) throw std::bad_alloc();
+  return p;
+}
+
+struct Stack {
+  char* base = nullptr;
+  size_t size = 0, top = 0;     // bytes of the block, bytes handed out of it
+  size_t in_use = 0, most = 0;  // bytes handed out in all, and the most of them at once
+  ~Stack() { std::free(base); }
+};
+thread_local Stack stack;
+
+}  // namespace
+
+void* scratch_take(size_t bytes) {
+  bytes = padded(bytes);
+  Stack& s = stack;
+  s.in_use += bytes;
+  if (s.in_use > s.most) s.most = s.in_use;
+  if (s.top + bytes > s.size) return allocate(bytes);
+  void* piece = s.base + s.top;
+  s.top += bytes;
+  return piece;
+}
+
+void scratch_give(void* piece, size_t bytes) {
+  bytes = padded(bytes);
+  Stack& s = stack;
+  s.in_use -= bytes;
+  const bool inside = piece >= s.base && piece < s.base + s.size;
+  if (inside)
+    s.top -= bytes;
+  else
+    std::free(piece);
+  if (s.in_use == 0 && s.most > s.size && s.size < kKeep) {
+    std::free(s.base);
+    s.base = nullptr;
+    s.size = s.most < kKeep ? s.most : kKeep;
+    s.base = static_cast<char*>(allocate(s.size));
+  }
+}
+
+}  // namespace llamakern

@@ -1,0 +1,45 @@
+// RoPE on the CPU: each task turns the heads of some tokens.
+#include "rope.h"
+
+#include "../common/parallel.h"
+
+namespace llamakern::LK_ISA {
+
+template <typename T>
+static void turn(T* y, const T* x, const float* cos, const float* sin, float sign, int64_t half, int64_t to_b,
+                 int64_t step) {
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    float a = to_float(x[i * step]), b = to_float(x[i * step + to_b]);
+    rope_rotate(a, b, cos[i], sign * sin[i]);
+    y[i * step] = from_float<T>(a);
+    y[i * step + to_b] = from_float<T>(b);
+  }
+}
+
+template <typename T>
+static void rope(const Rope<T>& p) {
+  const int64_t half = p.D / 2;
+  const int64_t tokens_per_task = max64(1, 8192 / max64(1, p.H * p.D));
+  parallel_ranges(p.B * p.T_, tokens_per_task, [&](int64_t begin, int64_t end) {
+    for (int64_t bt = begin; bt < end; ++bt) {
+      const int64_t b = bt / p.T_, t = bt % p.T_;
+      const int64_t row = p.positions ? p.positions[b * p.position_batch + t] : t;
+      const float* cos = p.cos + b * p.angle_batch + row * half;
+      const float* sin = p.sin + b * p.angle_batch + row * half;
+      for (int64_t h = 0; h < p.H; ++h) {
+        const T* x = p.x + b * p.x_batch + t * p.x_token + h * p.x_head;
+        T* y = p.y + (bt * p.H + h) * p.D;
+        if (p.interleaved)
+          turn(y, x, cos, sin, p.sign, half, 1, 2);
+        else
+          turn(y, x, cos, sin, p.sign, half, half, 1);
+      }
+    }
+  });
+}
+
+LK_KERNEL(Rope<float>, rope<float>);
+LK_KERNEL(Rope<bfloat16>, rope<bfloat16>);
+
+}  // namespace llamakern::LK_ISA

@@ -1,0 +1,92 @@
+"""The front door: how a C++ op becomes differentiable and still costs two microseconds where no gradient is wanted.
+
+Each op has two names in C++ with one kernel. `torch.ops.llamakern.<op>` carries autograd, for torch.ops, export and
+opcheck users. `_<op>` carries none; the public function calls it directly, or through an autograd.Function where a
+gradient is wanted, because torch's own `register_autograd` costs three microseconds even where none is.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def differentiable(
+    name: str, *, fake: Callable, setup_context: Callable, backward: Callable
+) -> tuple[Callable, Callable]:
+    """Gives the op its shapes and its gradient. Returns (raw op, the same op recording a gradient).
+
+    fake(*args) returns empty outputs; setup_context(ctx, inputs, output) and backward(ctx, *grads) are those of
+    torch.autograd.Function, with one gradient for each argument of the op.
+    """
+    torch.library.register_fake(f"llamakern::{name}")(fake)
+    torch.library.register_fake(f"llamakern::_{name}")(fake)
+    torch.library.register_autograd(f"llamakern::{name}", backward, setup_context=setup_context)
+    raw = getattr(torch.ops.llamakern, f"_{name}").default
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            output = raw(*args)
+            setup_context(ctx, args, output)
+            return output
+
+    class Transformable(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            return raw(*args)
+
+    Transformable.setup_context = staticmethod(setup_context)
+    Recorded.backward = Transformable.backward = staticmethod(backward)
+
+    def recorded(*args):
+        # torch.func asks for the second form, which costs 5 us more: it binds the arguments by signature at each call.
+        form = Transformable if torch._C._are_functorch_transforms_active() else Recorded
+        return form.apply(*args)
+
+    return raw, recorded
+
+
+def backward_op(name: str, *, fake: Callable) -> Callable:
+    """Gives a backward op its shapes. Taking the gradient of a backward raises RuntimeError."""
+    torch.library.register_fake(f"llamakern::{name}")(fake)
+    raw = getattr(torch.ops.llamakern, name).default
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            return raw(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(f"{name}: double backward is not supported")
+
+    def call(*args):
+        return (Once.apply if wants_grad(*(a for a in args if isinstance(a, Tensor))) else raw)(*args)
+
+    return call
+
+
+def plain_op(name: str, *, fake: Callable) -> Callable:
+    """Gives an op without gradient its shapes."""
+    torch.library.register_fake(f"llamakern::{name}")(fake)
+    return getattr(torch.ops.llamakern, name).default
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether the call must be recorded for a backward."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks of linears and attention on x's device, or None outside autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

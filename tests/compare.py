@@ -1,0 +1,80 @@
+"""How close is close: no worse than PyTorch itself at the same dtype, with float64 as the judge.
+
+Two gates, because each is blind to something:
+  worst element <= 2.0x eager's worst    catches a wrong row, a missed tail, a race
+  mean error    <= 1.5x eager's mean     catches a small lean everywhere, e.g. truncating where we should round
+"""
+
+import torch
+
+
+def assert_as_good_as(name, ours, eager, truth, floor=1e-6):
+    """ours and eager are results at one precision, truth the same in float64. `floor` is relative to the truth's largest."""
+    assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(truth.shape)}"
+    assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, want {eager.dtype}"
+    assert torch.isfinite(ours).all(), f"{name}: has inf or nan"
+    if truth.numel() == 0:
+        return
+    error, bar = (ours.double() - truth).abs(), (eager.double() - truth).abs()
+    slack = floor * truth.abs().max()
+    worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+    assert error.max() <= 2.0 * bar.max() + slack, f"{name}: error {error.max():.2e} at {worst}, eager {bar.max():.2e}"
+    assert error.mean() <= 1.5 * bar.mean() + slack, f"{name}: mean error {error.mean():.2e}, eager {bar.mean():.2e}"
+
+
+def uneven(like):
+    """An upstream gradient that differs in every element: a constant one hides transposed and dropped terms."""
+    n = like.numel()
+    i = torch.arange(n, dtype=torch.float64)
+    wave = torch.cos(i * 0.7) + 2 * i / max(n, 1) - 1
+    return wave.reshape(like.shape).to(like)
+
+
+def outputs_and_gradients(fn, inputs, *, wide=False):
+    """Runs fn(*inputs), then its backward with uneven gradients; in float64 if `wide`.
+
+    Returns {"out0": ..., "d0": ...}: every output, and the gradient of every floating-point input that requires one.
+    """
+    inputs = [
+        t.detach().to(torch.float64 if wide else t.dtype).requires_grad_(t.requires_grad)
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+        else t
+        for t in inputs
+    ]
+    outputs = fn(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = {i: t for i, t in enumerate(inputs) if isinstance(t, torch.Tensor) and t.requires_grad}
+    graph = [o for o in outputs if o.requires_grad]
+    grads = torch.autograd.grad(graph, list(leaves.values()), [uneven(o) for o in graph]) if leaves else ()
+    named = {f"out{i}": o.detach() for i, o in enumerate(outputs)}
+    return named | {f"d{i}": g for i, g in zip(leaves, grads, strict=True)}
+
+
+def check_against_reference(op, reference, inputs, floor=1e-6):
+    """op's outputs and gradients for `inputs` must be as good as the reference's at the same dtype."""
+    ours = outputs_and_gradients(op, inputs)
+    eager = outputs_and_gradients(reference, inputs)
+    truth = outputs_and_gradients(reference, inputs, wide=True)
+    for name in truth:
+        assert_as_good_as(name, ours[name], eager[name], truth[name], floor)
+
+
+def assert_same_bits(a, b, name=""):
+    """Equal in every bit, -0.0 and 0.0 counted as different."""
+    assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{name}: {a.dtype} {a.shape} against {b.dtype} {b.shape}"
+    assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), f"{name}: bits differ"
+
+
+def check_thread_counts(op, inputs):
+    """Outputs and gradients have equal bits with 1, 2 and 7 threads, and in a second run."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 7, 7):
+            torch.set_num_threads(threads)
+            results.append(outputs_and_gradients(op, inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, first in results[0].items():
+            assert_same_bits(first, other[name], name)
