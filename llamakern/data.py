@@ -229,8 +229,14 @@ def check_examples(examples: Iterable[Example]) -> None:
         shown = ", ".join(masked[:5]) + (", ..." if len(masked) > 5 else "")
         raise ValueError(
             f"data: every example must keep an answer within max_len, got {len(masked)} fully masked ({shown}); "
-            "raise max_len or shorten the prompts"
+            "raise max_len, shorten the prompts, or leave them out with drop_masked"
         )
+
+
+def drop_masked(records: Sequence[list[Example]]) -> list[list[Example]]:
+    """The records without their fully masked examples, and without those that then hold none."""
+    kept = [[example for example in record if not example.masked] for record in records]
+    return [record for record in kept if record]
 
 
 def split(records: Sequence[list[Example]], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

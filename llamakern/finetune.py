@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llamakern import peft
-from llamakern.data import PLAIN, Example, PromptTemplate, check_examples, load_examples, split
+from llamakern.data import PLAIN, Example, PromptTemplate, check_examples, drop_masked, load_examples, split
 from llamakern.estimate import estimate
 from llamakern.files import sha256, write_json
 from llamakern.model import Llama
@@ -31,6 +31,7 @@ class FinetuneConfig(TrainConfig):
     fields: dict[str, str] = field(default_factory=dict)  # our name: the file's
     template: str = "alpaca"  # alpaca, plain
     eval_fraction: float = 0.05  # of the records, held out
+    drop_masked: bool = False  # leave out examples whose answer lies wholly beyond max_len
     dtype: str | None = None  # of the dense weights: float32, bfloat16; by default as stored
     rank: int = 16
     alpha: float = 32.0
@@ -78,6 +79,7 @@ def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
 
 def prepare(config: FinetuneConfig, tokenizer: Tokenizer, records: list, *, out: Path | None, quiet: bool) -> Trainer:
     """Model with method, data and trainer, ready to go."""
+    records = drop_masked(records) if config.drop_masked else records
     train, held_out = split(records, config.eval_fraction, config.seed)
     check_examples(train + held_out)
     quantize = "nf4" if config.method == "qlora" else None
@@ -113,7 +115,10 @@ def dry_run(config: FinetuneConfig) -> None:
     print("One example; [[ ]] marks what trains:", "", marked(examples[0], tokenizer), "", sep="\n")
     print("Tokens per example:", *histogram([len(example.tokens) for example in examples]), "", sep="\n")
     truncated, masked = (sum(flags) for flags in zip(*((e.truncated, e.masked) for e in examples), strict=True))
-    print(f"{len(examples)} examples, {truncated} truncated to {config.max_len} tokens, {masked} fully masked")
+    print(
+        f"{len(examples)} examples, {truncated} truncated to {config.max_len} tokens, {masked} fully masked"
+        + (" and left out" if masked and config.drop_masked else "")
+    )
     trainer = prepare(config, tokenizer, records, out=None, quiet=True)
     print(f"{peft.count_trainable(trainer.model):,} trainable parameters in {len(trainer.trainable)} tensors")
     cost = estimate(trainer)

@@ -13,6 +13,7 @@ from llamakern.data import (
     Example,
     PromptTemplate,
     check_examples,
+    drop_masked,
     epoch_batches,
     load_examples,
     pack,
@@ -84,9 +85,10 @@ def test_cutting_is_counted_and_a_lost_answer_is_an_error():
     assert len(cut.tokens) == 12 and cut.tokens[-1] != 2
     ((lost,),) = load(records[1:], max_len=6)
     assert lost.masked
-    message = r"every example must keep an answer within max_len, got 1 fully masked \(record 0\); raise max_len"
+    message = r"every example must keep an answer within max_len, got 1 fully masked \(record 0\); raise max_len, "
     with pytest.raises(ValueError, match=message):
         check_examples([whole, lost])
+    assert drop_masked([[whole, lost], [lost]]) == [[whole]]
 
 
 def test_template_keeps_braces_of_the_values():
