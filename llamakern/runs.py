@@ -26,9 +26,8 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def history(self) -> list[dict]:
-        """The logged lines; one that a kill cut short is left out."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        return [value for line in lines if (value := read_line(line)) is not None]
+        """What `log` has written."""
+        return read_lines(self.metrics)
 
     def rewind(self, step: int) -> None:
         """Forget the lines after `step`: they will be computed again."""
@@ -58,11 +57,15 @@ class RunFolder:
             raise ValueError(f"train: checkpoint must be a whole file, got {paths[-1]}: {error}") from error
 
 
-def read_line(line: str) -> dict | None:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
+def read_lines(file: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
+    values = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return values
 
 
 def rng_state() -> dict:
@@ -110,23 +113,27 @@ def engine() -> dict:
     return {"isa": _C.isa()}
 
 
-def plot_losses(history: list[dict], path: str | Path, title: str = "") -> bool:
-    """Draw training and held-out loss over the steps as a PNG. False, and nothing written, without matplotlib."""
+def plot_curves(files: dict[str, Path], path: str | Path) -> bool:
+    """Draw training and held-out loss of each metrics.jsonl, side by side, as a PNG.
+
+    False, and nothing written, without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(files), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(line["step"], line[key]) for line in history if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    panels = figure.subplots(1, len(files), squeeze=False)[0]
+    for axes, (title, file) in zip(panels, files.items(), strict=True):
+        for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+            points = [(line["step"], line[key]) for line in read_lines(file) if line.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return True

@@ -20,7 +20,7 @@ from llamakern.data import Batch, Example, check_examples, epoch_batches, pack, 
 from llamakern.gate import Gate
 from llamakern.peft.base import trainable
 from llamakern.progress import Progress
-from llamakern.runs import RunFolder, peak_memory_mb, plot_losses, rng_state, set_rng_state
+from llamakern.runs import RunFolder, peak_memory_mb, plot_curves, rng_state, set_rng_state
 
 
 @dataclass
@@ -283,7 +283,7 @@ class Trainer:
         if self.folder is not None:
             if not any(line["step"] == self.total and "eval_loss" in line for line in self.folder.history()):
                 self.log(step=self.total, eval_loss=result["loss_after"])
-            if not plot_losses(self.folder.history(), self.folder.path / "loss.png", self.label) and not self.quiet:
+            if not plot_curves({self.label: self.folder.metrics}, self.folder.path / "loss.png") and not self.quiet:
                 print("no loss plot: matplotlib is not installed")
         return result
 
