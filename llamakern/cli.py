@@ -107,7 +107,10 @@ def finetune(arguments) -> None:
     from llamakern.finetune import FinetuneConfig, dry_run
     from llamakern.finetune import finetune as run
 
-    words = [*arguments.settings, *(word.lstrip("-") for word in arguments.rest)]
+    for flag in arguments.rest:
+        if flag.startswith("--"):
+            settings.known(flag[2:].partition("=")[0].replace("-", "_"), settings.names(FinetuneConfig))
+    words = [*arguments.settings, *arguments.rest]
     file = words.pop(0) if words and "=" not in words[0] else None
     flags = [f"{name}={getattr(arguments, name)}" for name in settings.names(FinetuneConfig) if hasattr(arguments, name)]
     config = settings.build(FinetuneConfig, file, words + flags)
