@@ -36,7 +36,7 @@ def pack(linear: NF4Linear, dtype: torch.dtype) -> dict[str, Tensor]:
         state |= {"nested_blocksize": ABSMAX_BLOCK, "nested_dtype": "float32"}
         state |= {"nested_offset": linear.absmax_offset.item()}
         tensors[".weight.nested_absmax"] = linear.absmax_scale.detach()
-        tensors[".weight.nested_quant_map"] = dynamic_map()
+        tensors[".weight.nested_quant_map"] = dynamic_map().clone()  # one per file entry: safetensors refuses to share
     tensors[".weight" + STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors
 
