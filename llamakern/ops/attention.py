@@ -66,6 +66,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:  # (B, H, T, D)
     """torch.nn.functional.scaled_dot_product_attention by `attention`: its signature, and causal aligned top-left (j <= t).
 
+    In a float mask torch.finfo(dtype).min counts as -inf, and a query that sees no key gives 0.
     Raises NotImplementedError for dropout and for a mask that needs a gradient, ValueError for shapes, for a mask beside
     is_causal and for grouped heads without enable_gqa, TypeError for dtypes.
     """
