@@ -2,8 +2,8 @@
 //
 //   C[row][lane] += Σ_w  A[w][lane] · B[row][w]           lanes: tokens or queries      rows: weights, keys or channels
 //
-// A word is one 32-bit slot of the reduction: two bf16 where the machine multiplies such pairs (PairWords), else one float
-// (FloatWords). Activations are packed once as lanes; rows are broadcast, so nothing that is decoded is ever transposed.
+// A word is one 32-bit slot of the reduction: two bf16 where the machine multiplies such pairs (PairWords), else one
+// float (FloatWords). Activations are packed once as lanes; rows are broadcast, so nothing decoded is ever transposed.
 #pragma once
 #include <type_traits>
 
@@ -79,7 +79,7 @@ constexpr int kTileVecs = 2, kTileRows = 6;  // 16 registers
 #else
 constexpr int kTileVecs = 4, kTileRows = 6;  // 32 registers
 #endif
-constexpr int kStrip = kTileVecs * kLanes;   // lanes of a full tile: 64, 16 or 16
+constexpr int kStrip = kTileVecs * kLanes;  // lanes of a full tile: 64, 16 or 16
 
 // acc[row][v] += Σ_w A[w·lda + v·kLanes ...] · B[row·RS + w·KS]
 template <typename W, int MV, int NR, int RS, int KS>
@@ -170,8 +170,8 @@ inline void transpose(IVec (&r)[kLanes]) {
 #endif
 }
 
-// Lanes from rows that run along the reduction: out[w·lda + lane] = words of x[lane·ld ...]. Writes round_up(rows, kLanes)
-// lanes (the missing ones 0) and ceil(K / kPer) words.
+// Lanes from rows that run along the reduction: out[w·lda + lane] = words of x[lane·ld ...]. Writes round_up(rows,
+// kLanes) lanes (the missing ones 0) and ceil(K / kPer) words.
 template <typename W, typename T>
 void pack_lanes(uint32_t* out, int64_t lda, const T* x, int64_t ld, int64_t rows, int64_t K) {
   const int64_t words = ceil_div(K, W::kPer);
@@ -197,7 +197,8 @@ void pack_across(uint32_t* out, int64_t lda, const T* x, int64_t ld, int64_t lan
     }
 }
 
-// y[lane·ldy + row] = finish(row, C[row·ldc + lane]) for the lanes and rows that exist; finish works on kLanes rows at once.
+// y[lane·ldy + row] = finish(row, C[row·ldc + lane]) for the lanes and rows that exist; finish works on kLanes rows at
+// once.
 template <typename T, typename Finish>
 void unpack_lanes(T* y, int64_t ldy, const float* c, int64_t ldc, int64_t rows, int64_t lanes, const Finish& finish) {
   for (int64_t lane = 0; lane < lanes; lane += kLanes)
