@@ -112,7 +112,9 @@ def finetune(arguments) -> None:
             settings.known(flag[2:].partition("=")[0].replace("-", "_"), settings.names(FinetuneConfig))
     words = [*arguments.settings, *arguments.rest]
     file = words.pop(0) if words and "=" not in words[0] else None
-    flags = [f"{name}={getattr(arguments, name)}" for name in settings.names(FinetuneConfig) if hasattr(arguments, name)]
+    flags = [
+        f"{name}={getattr(arguments, name)}" for name in settings.names(FinetuneConfig) if hasattr(arguments, name)
+    ]
     config = settings.build(FinetuneConfig, file, words + flags)
     if arguments.print_settings:
         for name in settings.names(FinetuneConfig):

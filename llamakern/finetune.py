@@ -150,7 +150,8 @@ def histogram(lengths: list[int], rows: int = 8, width: int = 40) -> list[str]:
     counts = [sum(low < n <= low + step for n in lengths) for low in range(0, max(lengths), step)]
     scale = width / max(counts)
     return [
-        f"  {i * step + 1:>6} to {(i + 1) * step:<6} {'#' * round(n * scale):<{width}} {n}" for i, n in enumerate(counts)
+        f"  {i * step + 1:>6} to {(i + 1) * step:<6} {'#' * round(n * scale):<{width}} {n}"
+        for i, n in enumerate(counts)
     ]
 
 

@@ -112,7 +112,7 @@ def read_prompt(path: str | Path) -> dict | None:
 
 
 def read_config(settings: dict) -> LoRAConfig:
-    """A LoRAConfig from PEFT's adapter_config.json. A setting that would change the result is an error, never ignored."""
+    """A LoRAConfig from PEFT's adapter_config.json. A setting that would change the result is never ignored."""
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"peft: peft_type must be LORA, got {settings.get('peft_type')!r}")
     for key, value in settings.items():
