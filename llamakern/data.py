@@ -12,6 +12,7 @@ trains like the rest. labels[t] is the target at position t, so it is tokens[t +
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,9 +55,7 @@ PLAIN = PromptTemplate("{instruction}\n", "{instruction}\n{input}\n", "{content}
 
 def fill(pattern: str, **values: str) -> str:
     """`pattern` with {name} replaced; braces in the values stay as they are."""
-    for name, value in values.items():
-        pattern = pattern.replace("{" + name + "}", value.replace("{", "\0"))
-    return pattern.replace("\0", "{")
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), pattern)
 
 
 class Segment(NamedTuple):
@@ -119,7 +118,7 @@ def read_records(source: str | Path | Sequence[Mapping]) -> list[tuple[str, Mapp
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"data: path must be a .json or .jsonl file, got {path}")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         pairs = [(f"record {i} of {path.name}", record) for i, record in enumerate(parse(text, path.name))]
     else:

@@ -10,6 +10,7 @@ from torch import nn
 
 from llamakern.data import Batch
 from llamakern.peft.base import trainable
+from llamakern.runs import peak_memory_mb
 from llamakern.train import Trainer
 
 REPEATS = 3
@@ -34,13 +35,14 @@ class Estimate:
     @property
     def largest_batch(self) -> int:
         """How many sequences fit into the memory that is free now, beside everything else."""
-        fixed = self.total - self.parts["activations"]
+        fixed = sum(self.parts[name] for name in ("gradients", "optimizer", "gate (first steps)"))
         return max(0, int((self.available - fixed) // max(1, self.activations_per_sequence)))
 
 
 def estimate(trainer: Trainer) -> Estimate:
     """Probe `trainer`'s model on its fullest batch. Gradients are dropped again; nothing trains."""
     model, config = trainer.model, trainer.config
+    resident = resident_memory(trainer.device)
     batch = max((batches[0] for batches in first(trainer.plan(0), 8)), key=lambda batch: batch.tokens.numel())
     seconds, saved = probe(trainer, batch)
     layers = len(model.layers)
@@ -54,6 +56,7 @@ def estimate(trainer: Trainer) -> Estimate:
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     trained = sum(p.nbytes for p in trainable(model).values())
     parts = {
+        "program": max(0, resident - frozen - trained),
         "frozen weights": frozen,
         "trained weights": trained,
         "gradients": trained,
@@ -140,6 +143,16 @@ class SavedBytes:
 
     def __exit__(self, *error):
         return self.hooks.__exit__(*error)
+
+
+def resident_memory(device: torch.device) -> int:
+    """Bytes that this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return int(peak_memory_mb() * 2**20)
 
 
 def available_memory(device: torch.device) -> int:

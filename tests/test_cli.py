@@ -72,6 +72,18 @@ def test_finetune_generate_merge(tiny, tmp_path, capsys, method):
     assert main(["generate", str(tmp_path / "merged"), "--prompt", "say cat", "--max-new-tokens", "3"]) == 0
 
 
+def test_reproduce(tiny, tmp_path, capsys):
+    assert main(words(tiny, tmp_path / "run")) == 0
+    file = tmp_path / "run" / "run.json"
+    assert main(["finetune", "--reproduce", str(file)]) == 0
+    assert "the adapter is the same" in capsys.readouterr().out
+    run = json.loads(file.read_text())
+    run["hashes"]["adapter"] = "other"
+    file.write_text(json.dumps(run))
+    assert main(["finetune", "--reproduce", str(file)]) == 1
+    assert "hashes must equal those of" in capsys.readouterr().err
+
+
 def test_same_command_again_goes_on_and_other_settings_are_refused(tiny, tmp_path, capsys):
     assert main(words(tiny, tmp_path)) == 0
     adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -46,6 +46,9 @@ def spelled(example: Example) -> str:
     return "".join(c.upper() if trained else c for c, trained in zip(text, example.trained, strict=True))
 
 
+DIALOGUE = [("system", "z"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+
+
 @pytest.mark.parametrize(
     ("record", "want"),
     [
@@ -54,7 +57,7 @@ def spelled(example: Example) -> str:
         ({"instruction": "say", "input": None, "output": "yes"}, ["^say\nYES$"]),
         ({"text": "once"}, ["^ONCE$"]),
         (
-            {"messages": [{"role": r, "content": c} for r, c in zip(("system", *("user", "assistant") * 2), "zabcd", strict=True)]},
+            {"messages": [{"role": role, "content": content} for role, content in DIALOGUE]},
             ["^z\na\nB$c\nD$"],
         ),
         (

@@ -78,7 +78,6 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(f"peft: {path / WEIGHTS} must be a whole safetensors file, got {error}") from None
     check_fit({name: list(t.shape) for name, t in saved.items()}, expected_shapes(model, config))
     config.apply(model)
-    model.peft_config = config
     with torch.no_grad():
         for name, tensor in lora_tensors(model).items():
             tensor.copy_(saved[name])

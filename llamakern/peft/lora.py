@@ -53,3 +53,4 @@ class LoRAConfig:
         for linear in wrapped:
             linear.lora_a.requires_grad_(True)
             linear.lora_b.requires_grad_(True)
+        model.peft_config = self
