@@ -63,6 +63,7 @@ def estimate(trainer: Trainer) -> Estimate:
         "optimizer": 2 * trained,
         "gate (first steps)": trained,
         "activations": int(activations),
+        "one block's gradients": int(saved[2] - saved[1]) if layers > 1 else int(saved[1]),
     }
     return Estimate(
         parts=parts,

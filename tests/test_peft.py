@@ -201,6 +201,8 @@ def test_saved_and_loaded_is_the_same(tmp_path, base):
     peft.save(model, tmp_path / "a", base="tiny", prompt={"end_token": 2})
     again = peft.load(tiny(base), tmp_path / "a").eval()
     assert torch.equal(again(tokens(2, 9)), model(tokens(2, 9)))
+    with pytest.raises(ValueError, match="peft: model must carry no LoRA yet"):
+        peft.load(again, tmp_path / "a")
     assert again.peft_config == LoRAConfig(4, 6, 0.1, ("down_proj", "q_proj"), True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
     assert sorted(load_file(tmp_path / "a" / "adapter_model.safetensors"))[0] == (

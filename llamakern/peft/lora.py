@@ -45,8 +45,6 @@ class LoRAConfig:
 
     def apply(self, model: nn.Module) -> None:
         """Freeze the base and put a LoRALinear around each target. Only A and B train."""
-        if any(isinstance(module, LoRALinear) for module in model.modules()):
-            raise ValueError("peft: model must carry no LoRA yet, got one that does; merge it first")
         make = partial(LoRALinear, rank=self.rank, scale=self.scale, dropout=self.dropout)
         wrapped = swap(model, self.targets, make)
         freeze(model)
