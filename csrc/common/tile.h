@@ -51,6 +51,13 @@ struct PairWords {
     const int n = lanes_left(left);
     return join(n ? load(p, n) : Vec{}, n && next ? load(next, n) : Vec{});
   }
+  static IVec across(const bfloat16* p, const bfloat16* next, int64_t left) {
+    const __mmask16 there = first(lanes_left(left));
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p));
+    if (!next) return (IVec)low;
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, next));
+    return (IVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
   static IVec join(Vec k, Vec next) {
     const __m512i low = _mm512_cvtepu16_epi32(narrow(k)), high = _mm512_cvtepu16_epi32(narrow(next));
     return (IVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
