@@ -211,6 +211,7 @@ Cache check_cache(const char* op, const Tensor& k_cache, const Tensor& lengths, 
     check(block_table->dim() == 2, op, ": block_table must have shape (B, max_blocks), got ",
           shape_text(block_table->sizes()));
     check_shape(op, "block_table", *block_table, {B, block_table->size(1)});
+    check(block >= 1, op, ": k_cache must have blocks of at least one token");
     cache.block_table = as_contiguous(*block_table);
     most *= block_table->size(1);
   } else {

@@ -147,6 +147,11 @@ Z = torch.zeros
             ValueError,
             r"attention_decode: block_table must have shape \[2, 2\], got \[1, 2\]",
         ),
+        (
+            {"k_cache": Z(2, 0, 2, 8), "v_cache": Z(2, 0, 2, 8), "block_table": Z(2, 1).int(), "lengths": Z(2).int()},
+            ValueError,
+            "attention_decode: k_cache must have blocks of at least one token",
+        ),
         ({"q": Z(2, 1, 4, 8).requires_grad_()}, RuntimeError, "attention_decode: has no gradient"),
     ],
 )
