@@ -1,6 +1,6 @@
-// Linear cross-entropy on the CPU. Tokens that count are gathered into chunks. A chunk's scores appear block by block of
-// the vocabulary and leave exponentials relative to the block's largest score; when all blocks are known these become P,
-// which is packed as the matmuls for dh and dW want it. Only one chunk's P is ever in memory.
+// Linear cross-entropy on the CPU. Tokens that count are gathered into chunks. A chunk's scores appear block by block
+// of the vocabulary and leave exponentials relative to the block's largest score; when all blocks are known these
+// become P, which is packed as the matmuls for dh and dW want it. Only one chunk's P is ever in memory.
 #include "loss.h"
 
 #include "../common/gemm.h"
@@ -28,10 +28,10 @@ struct Chunk {
   const int64_t blocks = ceil_div(p.V, kBlock), words = words_of<W>(p.V);
   const bool backward = p.dh || p.dw;
 
-  Scratch<T> h{count * p.C};                                 // [count][C]
-  Scratch<float> top{blocks * lanes}, total{blocks * lanes}; // [block][lane]: largest score, Σ exp(score - largest)
-  Scratch<float> score{lanes}, loss{lanes}, g{lanes};        // of the label; of the token; its gradient
-  Scratch<uint32_t> probs{backward ? lanes * words : 0};     // [strip][word][lane]: first exp(score - largest), then P
+  Scratch<T> h{count * p.C};                                  // [count][C]
+  Scratch<float> top{blocks * lanes}, total{blocks * lanes};  // [block][lane]: largest score, Σ exp(score - largest)
+  Scratch<float> score{lanes}, loss{lanes}, g{lanes};         // of the label; of the token; its gradient
+  Scratch<uint32_t> probs{backward ? lanes * words : 0};      // [strip][word][lane]: first exp(score - largest), then P
 
   Chunk(const LinearCrossEntropy<T>& p, const int64_t* tokens, int64_t count) : p(p), tokens(tokens), count(count) {}
 
