@@ -1,4 +1,4 @@
-"""csrc/common/vec.h itself, compiled here per instruction set: exp and exp2 over all floats, bfloat16 rounding, tails."""
+"""csrc/common/vec.h itself, compiled here per instruction set: exp, exp2, bfloat16 rounding, tails."""
 
 import ctypes
 import shutil
