@@ -112,7 +112,7 @@ static void losses(Chunk<T, MV>& k) {
   });
 }
 
-// P from the exponentials, and P of the label from its loss: exp(-loss) - 1 without cancellation.
+// P from the exponentials; that of the label from its loss, since p - 1 of a rounded p would be lost where p is near 1.
 template <typename T, int MV>
 static void probabilities(Chunk<T, MV>& k) {
   using W = Words<T>;
@@ -127,7 +127,7 @@ static void probabilities(Chunk<T, MV>& k) {
       for (int64_t i = lane; i < lane + kLanes; ++i) {
         const int64_t v = k.label(i);
         if (v < first || v >= k.end_of(block)) continue;
-        const T value = from_float<T>(k.g[i] * std::expm1(-k.loss[i]));
+        const T value = from_float<T>(k.g[i] * (std::exp(-k.loss[i]) - 1));
         if constexpr (W::kPer == 2)
           memcpy(reinterpret_cast<uint16_t*>(k.word(i, v)) + v % 2, &value, 2);
         else
