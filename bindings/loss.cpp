@@ -43,7 +43,7 @@ void launch(const char* op, const std::optional<Tensor>& loss, const std::option
                               .reduction = Reduction(reduction),
                               .h_row = h.stride,
                               .w_row = w.stride,
-                              .M = h.count,
+                              .M = h.M,
                               .C = h_.size(-1),
                               .V = w_.size(0)});
   });

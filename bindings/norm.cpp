@@ -52,7 +52,7 @@ Two normed(const char* op, const Tensor& x_, const std::optional<Tensor>& residu
                       .x_row = x.stride,
                       .residual_row = residual ? residual->stride : 0,
                       .eps = float(eps),
-                      .M = x.count,
+                      .M = x.M,
                       .C = x_.size(-1)});
   });
   return {y, s};
@@ -98,7 +98,7 @@ Two rms_norm_backward(const Tensor& dy_, std::optional<Tensor> ds_, const Tensor
                               .ds_row = ds ? ds->stride : 0,
                               .s_row = s.stride,
                               .eps = float(eps),
-                              .M = s.count,
+                              .M = s.M,
                               .C = s_.size(-1)});
   });
   return {dx, dweight};

@@ -26,7 +26,7 @@ Tensor swiglu(const Tensor& gate_, const Tensor& up_) {
                   .up = cptr<T>(up.t),
                   .gate_row = gate.stride,
                   .up_row = up.stride,
-                  .M = gate.count,
+                  .M = gate.M,
                   .F = gate_.size(-1)});
   });
   return y;
@@ -49,7 +49,7 @@ Two swiglu_backward(const Tensor& dy_, const Tensor& gate_, const Tensor& up_) {
                           .dy_row = dy.stride,
                           .gate_row = gate.stride,
                           .up_row = up.stride,
-                          .M = gate.count,
+                          .M = gate.M,
                           .F = gate_.size(-1)});
   });
   return {dgate, dup};

@@ -86,23 +86,23 @@ inline Tensor inner_contiguous(const Tensor& t) {
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// The rows of (..., C), `stride` elements apart; copied where no single stride reaches them all.
+// (..., C) seen as M rows, `stride` elements apart; copied where no single stride reaches them all.
 struct Rows {
   Tensor t;
-  int64_t count, stride;
+  int64_t M, stride;
 };
 
 inline Rows as_rows(const Tensor& t) {
-  int64_t count = 1, stride = 0, next = -1;  // next: the stride that the dimension further out must have
+  int64_t M = 1, stride = 0, next = -1;  // next: the stride that the dimension further out must have
   bool even = t.size(-1) <= 1 || t.stride(-1) == 1;
   for (int64_t i = t.dim() - 2; i >= 0; --i) {
-    count *= t.size(i);
+    M *= t.size(i);
     if (t.size(i) == 1) continue;
     even = even && (next < 0 || t.stride(i) == next);
     if (next < 0) stride = t.stride(i);
     next = t.stride(i) * t.size(i);
   }
-  return even ? Rows{t, count, stride} : Rows{torch::stable::contiguous(t), count, t.size(-1)};
+  return even ? Rows{t, M, stride} : Rows{torch::stable::contiguous(t), M, t.size(-1)};
 }
 
 inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {

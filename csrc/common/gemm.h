@@ -12,6 +12,7 @@
 #pragma once
 #include <cstring>
 
+#include "linear.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "tile.h"
@@ -148,6 +149,23 @@ void store_rows(T* y, int64_t ld, const float* c, int64_t ldc, int64_t rows, int
       store(y + row * ld + lane, finish(load(c + row * ldc + lane)), lanes_left(lanes - lane));
 }
 
+// y[lane][row] = C[row][lane] + bias[row]: the store of a matmul whose lanes are tokens and whose rows are channels.
+template <int MV, typename T>
+struct StoreTokens {
+  T* y;  // [M][N]
+  int64_t M, N;
+  Either<T> bias;  // [N] or null
+
+  void operator()(const float* c, int64_t strip, int64_t n, int64_t rows) const {
+    const int64_t m = strip * kWidth<MV>;
+    unpack_lanes(y + m * N + n, N, c, kWidth<MV>, rows, min64(M - m, kWidth<MV>), [&](int64_t row, int64_t, Vec sum) {
+      const int there = lanes_left(rows - row);
+      if (bias.wide) return sum + load(bias.wide + n + row, there);
+      return bias.same ? sum + load(bias.same + n + row, there) : sum;
+    });
+  }
+};
+
 // ----------------------------------------------------------------------------------------------- driver
 
 struct Nothing {
@@ -196,7 +214,8 @@ void gemm(int64_t lanes, int64_t rows, const Store& store, const Segments&... se
   constexpr int64_t width = kWidth<MV>;
   const int64_t strips = ceil_div(lanes, width), groups = ceil_div(strips, kGroupStrips);
   const int64_t group = ceil_div(strips, max64(1, groups));
-  const int64_t panel_rows = min64(kPanelRows, round_up(ceil_div(rows, 8), kRows<1>));
+  // By word a panel begins at a multiple of 64 rows, where rows that are decoded in units of 64 begin.
+  const int64_t panel_rows = min64(kPanelRows, round_up(ceil_div(rows, 8), kPanel == Panel::kByRow ? kRows<1> : 64));
   const int64_t panels = ceil_div(rows, max64(1, panel_rows));
   parallel_for(groups * panels, [&](int64_t task) {
     const int64_t strip = task % groups * group, count = min64(strips - strip, group);

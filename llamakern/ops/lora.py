@@ -4,22 +4,212 @@
     g  = dy B                                dx = dy W + s·drop(g A)
     dA = s·gᵀ drop(x)                        dB = s·dyᵀ h            dW = dyᵀ x (dense base, if it trains)
 
+drop keeps an element with probability 1 - p and multiplies it by 1 / (1 - p). Its mask is a function of (seed, m, k) alone,
+so the backward makes it again.
+
 Shapes: M tokens, N out_features, K in_features, R rank, s = scale.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llamakern.ops.nf4 import nf4_linear_reference
+from llamakern.ops._door import autocast_dtype, backward_op, differentiable, wants_grad
+from llamakern.ops.nf4 import _shape, bias_gradient, nf4_linear_reference, scaled
 
 
-def lora_linear_reference(x, w, lora_a, lora_b, bias=None, *, scale):
-    """What the op means, in plain PyTorch, without dropout."""
-    y = x @ w.T + scale * (x @ lora_a.T.to(x.dtype)) @ lora_b.T.to(x.dtype)
-    return y if bias is None else y + bias
+def lora_linear(
+    x: Tensor,  # (..., K)
+    w: Tensor,  # (N, K)
+    lora_a: Tensor,  # (R, K)
+    lora_b: Tensor,  # (N, R)
+    bias: Tensor | None = None,  # (N,)
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,  # one int64
+    in_scale: Tensor | None = None,  # (K,)
+    out_scale: Tensor | None = None,  # (N,)
+) -> Tensor:  # (..., N)
+    """y = out_scale ⊙ (x̂ Wᵀ + s·drop(x̂) Aᵀ Bᵀ) + bias, where x̂ = in_scale ⊙ x.
+
+    x and w are float32 or bfloat16; lora_a and lora_b both have that dtype or are both float32. Gradients flow to every
+    tensor that requires one, w included. With B = 0 the result is F.linear(x, w, bias), bit for bit. The same seed gives
+    the same dropout mask. Under autocast x and w take autocast's dtype. Raises ValueError for shapes and values,
+    TypeError for dtypes.
+    """
+    if autocast_dtype(x) is not None:
+        w = w.to(autocast_dtype(x))
+
+    def linear(x, bias):
+        _check_dense(x, w, bias)
+        # torch's own routine: in bfloat16 it is as fast as ours, and the frozen base keeps its bits. The gradients of x
+        # and w are those of the fused op below.
+        base = F.linear(x.detach(), w.detach(), None if bias is None else bias.to(x.dtype))
+        call = _recorded if wants_grad(base, x, w, lora_a, lora_b) else _raw
+        return call(base, x, w, lora_a, lora_b, seed, scale, dropout)[0]
+
+    return scaled("lora_linear", linear, x, bias, in_scale, out_scale)
 
 
-def nf4_lora_linear_reference(x, weight, absmax, lora_a, lora_b, bias=None, *, scale, block_size=64):
-    """What the op means, in plain PyTorch, without dropout."""
-    y = nf4_linear_reference(x, weight, absmax, bias, block_size=block_size)
-    return y + scale * (x @ lora_a.T.to(x.dtype)) @ lora_b.T.to(x.dtype)
+def nf4_lora_linear(
+    x: Tensor,  # (..., K)
+    weight: Tensor,  # (N, K/2) uint8, or flat
+    absmax: Tensor,  # (N, K/block_size) float32 (uint8 where it is quantised too), or flat
+    lora_a: Tensor,  # (R, K)
+    lora_b: Tensor,  # (N, R)
+    bias: Tensor | None = None,  # (N,)
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,  # one int64
+    block_size: int = 64,
+    shape: tuple[int, int] | None = None,
+    absmax_scale: Tensor | None = None,  # (ceil(blocks / 256),) float32
+    absmax_offset: Tensor | None = None,  # () float32
+    in_scale: Tensor | None = None,  # (K,)
+    out_scale: Tensor | None = None,  # (N,)
+) -> Tensor:  # (..., N)
+    """lora_linear over an NF4 weight, in one pass: LoRA is R more columns of the reduction.
+
+    The weight's format is that of nf4_linear, and it is frozen. With B = 0 the result is nf4_linear's, bit for bit.
+    """
+    N, K = _shape("nf4_lora_linear", weight, shape)
+
+    def linear(x, bias):
+        call = _recorded_nf4 if wants_grad(x, lora_a, lora_b, bias) else _raw_nf4
+        return call(x, weight, absmax, lora_a, lora_b, bias, absmax_scale, absmax_offset, seed, scale, dropout, N, K, block_size)[0]
+
+    return scaled("nf4_lora_linear", linear, x, bias, in_scale, out_scale)
+
+
+def dropout_mask_reference(seed, M, K, dropout):
+    """Which elements (M, K) are kept, in plain PyTorch: a row's two keys come from SplitMix64, an element's draw from them."""
+    low, high = (1 << 32) - 1, (1 << 64) - 1
+
+    def mix(z):
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & high
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & high
+        return z ^ (z >> 31)
+
+    keys = [mix((int(seed) + (m + 1) * 0x9E3779B97F4A7C15) & high) for m in range(M)]
+    key = torch.tensor([k & low for k in keys], dtype=torch.int64).reshape(M, 1)
+    offset = torch.tensor([k >> 32 for k in keys], dtype=torch.int64).reshape(M, 1)
+    z = ((torch.arange(K) ^ key) * 0x9E3779B1 + offset) & low
+    z = ((z ^ (z >> 16)) * 0x85EBCA6B) & low
+    z = ((z ^ (z >> 13)) * 0xC2B2AE35) & low
+    return (z ^ (z >> 16)) >= int(dropout * 2**32)
+
+
+def _adapter_reference(x, lora_a, lora_b, scale, dropout, seed):
+    if dropout:
+        mask = dropout_mask_reference(seed, x.numel() // x.shape[-1], x.shape[-1], dropout).reshape(x.shape)
+        x = x * mask / (1 - dropout)
+    return scale * (x @ lora_a.T.to(x.dtype)) @ lora_b.T.to(x.dtype)
+
+
+def lora_linear_reference(
+    x, w, lora_a, lora_b, bias=None, *, scale, dropout=0.0, seed=None, in_scale=None, out_scale=None
+):
+    """What the op means, in plain PyTorch."""
+    x = x if in_scale is None else x * in_scale.to(x.dtype)
+    y = x @ w.T + _adapter_reference(x, lora_a, lora_b, scale, dropout, seed)
+    y = y if out_scale is None else y * out_scale.to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def nf4_lora_linear_reference(
+    x, weight, absmax, lora_a, lora_b, bias=None, *, scale, dropout=0.0, seed=None, in_scale=None, out_scale=None, **format
+):
+    """What the op means, in plain PyTorch."""
+    x = x if in_scale is None else x * in_scale.to(x.dtype)
+    y = nf4_linear_reference(x, weight, absmax, **format)
+    y = y + _adapter_reference(x, lora_a, lora_b, scale, dropout, seed)
+    y = y if out_scale is None else y * out_scale.to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def _check_dense(x, w, bias):
+    """What F.linear would refuse in its own words."""
+    if w.dim() != 2:
+        raise ValueError(f"lora_linear: w must have shape (N, K), got {list(w.shape)}")
+    N, K = w.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"lora_linear: x must have shape (..., K) with K = {K}, got {list(x.shape)}")
+    if w.dtype != x.dtype:
+        names = [str(t.dtype).removeprefix("torch.") for t in (x, w)]
+        raise TypeError(f"lora_linear: w must be {names[0]} like x, got {names[1]}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"lora_linear: bias must have shape [{N}], got {list(bias.shape)}")
+
+
+# ------------------------------------------------------------------------------------------- torch.compile and autograd
+
+
+def _fake_outputs(x, N, lora_a):
+    tokens = x.shape[:-1]
+    return x.new_empty(*tokens, N), x.new_empty(tokens.numel(), lora_a.shape[0], dtype=torch.float32)
+
+
+def _fake(base, x, w, lora_a, lora_b, seed, scale, dropout):
+    return _fake_outputs(x, w.shape[0], lora_a)
+
+
+def _fake_nf4(
+    x, weight, absmax, lora_a, lora_b, bias, absmax_scale, absmax_offset, seed, scale, dropout, N, K, block_size
+):
+    return _fake_outputs(x, N, lora_a)
+
+
+def _fake_gradients(x, lora_a, lora_b, want_dx):
+    dx = x.new_empty(x.shape) if want_dx else x.new_empty(0)
+    return dx, lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+
+
+def _fake_backward(dy, x, w, lora_a, lora_b, h, seed, scale, dropout, want_dx):
+    return _fake_gradients(x, lora_a, lora_b, want_dx)
+
+
+def _fake_nf4_backward(dy, x, weight, absmax, lora_a, lora_b, h, *rest):
+    return _fake_gradients(x, lora_a, lora_b, rest[-1])
+
+
+_lora_linear_backward = backward_op("lora_linear_backward", fake=_fake_backward)
+_nf4_lora_linear_backward = backward_op("nf4_lora_linear_backward", fake=_fake_nf4_backward)
+
+
+def _setup_context(ctx, inputs, output):
+    _base, x, w, lora_a, lora_b, seed, *ctx.knobs = inputs
+    h = output[1]
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(x, w, lora_a, lora_b, h, seed)
+
+
+def _backward(ctx, dy, _dh):
+    saved = x, *_ = ctx.saved_tensors  # read once: activation checkpointing allows no more
+    want_dx = ctx.needs_input_grad[1]
+    dx, da, db = _lora_linear_backward(dy, *saved, *ctx.knobs, want_dx)
+    # torch's own matmul here too, as for the base of the forward.
+    dw = dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[2] else None
+    return dy, dx if want_dx else None, dw, da, db, None, None, None
+
+
+def _setup_context_nf4(ctx, inputs, output):
+    x, weight, absmax, lora_a, lora_b, bias, absmax_scale, absmax_offset, seed, *ctx.knobs = inputs
+    h = output[1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(x, weight, absmax, lora_a, lora_b, h, absmax_scale, absmax_offset, seed)
+
+
+def _backward_nf4(ctx, dy, _dh):
+    want_dx = ctx.needs_input_grad[0]
+    dx, da, db = _nf4_lora_linear_backward(dy, *ctx.saved_tensors, *ctx.knobs, want_dx)
+    dbias = bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[5] else None
+    return dx if want_dx else None, None, None, da, db, dbias, *(None,) * 8
+
+
+_raw, _recorded = differentiable("lora_linear", fake=_fake, setup_context=_setup_context, backward=_backward)
+_raw_nf4, _recorded_nf4 = differentiable(
+    "nf4_lora_linear", fake=_fake_nf4, setup_context=_setup_context_nf4, backward=_backward_nf4
+)

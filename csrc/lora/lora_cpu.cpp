@@ -1,0 +1,288 @@
+// LoRA on the CPU: the adapter is one more segment of the base's matmul.
+#include "lora.h"
+
+#include "../common/gemm.h"
+#include "../nf4/nf4_stream.h"
+
+namespace llamakern::LK_ISA {
+
+// ---------------------------------------------------------------------------------------------- dropout
+
+using UVec = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+inline UVec ubroadcast(uint32_t x) { return x - UVec{}; }
+inline UVec counting(int64_t k) {
+  UVec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = uint32_t(k + i);
+  return v;
+}
+
+// Elements k ... of row m, those that are dropped set to 0. The factor 1 / (1 - p) is applied to sums of them.
+inline Vec dropped(Vec x, const Dropout& drop, uint64_t keys, int64_t k) {
+  const UVec draw = dropout_draw(counting(k), ubroadcast(uint32_t(keys)), ubroadcast(uint32_t(keys >> 32)));
+  return draw >= drop.threshold ? x : Vec{};
+}
+
+// Panel.kByWord over rows k: column k of drop(x).
+template <typename W, typename T>
+struct DroppedColumns {
+  const T* x;
+  int64_t ld, M;
+  Dropout drop;
+
+  void operator()(uint32_t* out, int64_t word, int64_t k, int64_t count) const {
+    const int64_t m = word * W::kPer;
+    const bool pair = W::kPer == 2 && m + 1 < M;
+    const uint64_t keys = drop.row_keys(m), next_keys = drop.row_keys(m + 1);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int there = lanes_left(count - i);
+      const Vec first = dropped(load(x + m * ld + k + i, there), drop, keys, k + i);
+      const Vec second = pair ? dropped(load(x + (m + 1) * ld + k + i, there), drop, next_keys, k + i) : Vec{};
+      store_words(out + i, W::join(first, second));
+    }
+  }
+};
+
+// Lane m of the strips is row m of drop(x).
+template <typename W, int MV, typename T>
+static void pack_dropped(uint32_t* out, const T* x, int64_t ld, int64_t M, int64_t K, const Dropout& drop) {
+  constexpr int64_t width = kWidth<MV>;
+  parallel_for(ceil_div(M, width), [&](int64_t strip) {
+    const int64_t rows = min64(M - strip * width, width);
+    Scratch<T> kept(rows * K);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t m = strip * width + i;
+      const uint64_t keys = drop.row_keys(m);
+      for (int64_t k = 0; k < K; k += kLanes) {
+        const int there = lanes_left(K - k);
+        store(kept + i * K + k, dropped(load(x + m * ld + k, there), drop, keys, k), there);
+      }
+    }
+    pack_strip<W, MV>(out + strip * width * words_of<W>(K), kept.get(), K, rows, K);
+  });
+}
+
+// C [k][lane m] of g A, masked like x.
+template <int MV>
+struct DropC {
+  Dropout drop;
+
+  void operator()(float* c, int64_t strip, int64_t k, int64_t rows) const {
+    if (!drop.seed) return;
+    constexpr int64_t width = kWidth<MV>;
+    alignas(64) uint32_t key[width], offset[width];
+    for (int64_t i = 0; i < width; ++i) {
+      const uint64_t keys = drop.row_keys(strip * width + i);
+      key[i] = uint32_t(keys);
+      offset[i] = uint32_t(keys >> 32);
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t lane = 0; lane < width; lane += kLanes) {
+        const UVec draw = dropout_draw(ubroadcast(uint32_t(k + row)), (UVec)load_words(key + lane), (UVec)load_words(offset + lane));
+        float* here = c + row * width + lane;
+        store(here, draw >= drop.threshold ? load(here) : Vec{});
+      }
+  }
+};
+
+// ------------------------------------------------------------------------------------- the narrow matmuls
+
+// What a matmul with R rows leaves: h or g as float [M][R] times `wide_scale`, and as lanes of the next matmul times
+// `lane_scale`.
+template <typename W, int MV>
+struct StoreNarrow {
+  float* wide;
+  uint32_t* lanes;
+  int64_t M, R;
+  float wide_scale, lane_scale;
+
+  void operator()(const float* c, int64_t strip, int64_t row, int64_t rows) const {
+    constexpr int64_t width = kWidth<MV>;
+    const int64_t m = strip * width;
+    unpack_lanes(wide + m * R + row, R, c, width, rows, min64(M - m, width),
+                 [&](int64_t, int64_t, Vec sum) { return sum * wide_scale; });
+    uint32_t* out = lanes + (strip * words_of<W>(R) + row / W::kPer) * width;
+    for (int64_t r = 0; r < rows; r += W::kPer, out += width)
+      for (int64_t lane = 0; lane < width; lane += kLanes) {
+        const float* here = c + r * width + lane;
+        const Vec next = r + 1 < rows ? load(here + width) * lane_scale : Vec{};
+        store_words(out + lane, W::join(load(here) * lane_scale, next));
+      }
+  }
+};
+
+// h = drop(x) Aᵀ. `lanes` holds x as packed, and is overwritten by drop(x) where something is dropped.
+template <typename W, int MV, typename T, typename P>
+static void down(float* h, uint32_t* h_lanes, const uint32_t* lanes, const T* x, int64_t x_row, const Lora<P>& lora, int64_t M,
+                 int64_t K) {
+  const float keep = lora.drop.keep_scale;
+  const StoreNarrow<W, MV> store{h, h_lanes, M, lora.R, keep, keep * lora.scale};
+  const DenseRows<W, P> a{lora.a, K, K};
+  if (!lora.drop.seed) return gemm<W, MV, Panel::kByRow>(M, lora.R, store, Segment{lanes, words_of<W>(K), a});
+  Scratch<uint32_t> kept(packed_size<W, MV>(M, K));
+  pack_dropped<W, MV>(kept, x, x_row, M, K, lora.drop);
+  gemm<W, MV, Panel::kByRow>(M, lora.R, store, Segment{kept, words_of<W>(K), a});
+}
+
+// ---------------------------------------------------------------------------------------------- forward
+
+// y = base + s·h Bᵀ; where the second term is 0 the base's bits stay, -0 included.
+template <int MV, typename T>
+struct AddTokens {
+  T* y;
+  const T* base;
+  int64_t M, N;
+
+  void operator()(const float* c, int64_t strip, int64_t n, int64_t rows) const {
+    const int64_t m = strip * kWidth<MV>;
+    unpack_lanes(y + m * N + n, N, c, kWidth<MV>, rows, min64(M - m, kWidth<MV>), [&](int64_t row, int64_t lane, Vec sum) {
+      const Vec b = load(base + (m + lane) * N + n + row, lanes_left(rows - row));
+      return sum == Vec{} ? b : b + sum;
+    });
+  }
+};
+
+template <typename T, typename P>
+static void lora_linear(const LoraLinear<T, P>& p) {
+  using W = Words<T>;
+  const int64_t M = p.M, R = p.lora.R;
+  with_strips(M, [&]<int MV>() {
+    Scratch<uint32_t> lanes(packed_size<W, MV>(M, p.K)), h_lanes(packed_size<W, MV>(M, R));
+    if (!p.lora.drop.seed) pack_rows<W, MV>(lanes, p.x, p.x_row, M, p.K);
+    down<W, MV>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, p.K);
+    gemm<W, MV, Panel::kByRow>(M, p.N, AddTokens<MV, T>{p.y, p.base, M, p.N},
+                               Segment{h_lanes, words_of<W>(R), DenseRows<W, P>{p.lora.b, R, R}});
+  });
+}
+
+template <typename A, typename B>
+static float dot(const A* a, const B* b, int64_t n) {
+  Vec total = {};
+  for (int64_t i = 0; i < n; i += kLanes) total = fma(load(a + i, lanes_left(n - i)), load(b + i, lanes_left(n - i)), total);
+  return sum(total);
+}
+
+// A few tokens: h by plain dots, and the adapter's term added to each sum of the stream.
+template <typename T, typename P>
+static void stream_nf4_lora(const Nf4LoraLinear<T, P>& p) {
+  const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.lora.R;
+  const Dropout& drop = p.lora.drop;
+  Scratch<float> kept(K);
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t k = 0; k < K; k += kLanes) {
+      const Vec x = load(p.x + m * p.x_row + k);
+      store(kept + k, drop.seed ? dropped(x, drop, drop.row_keys(m), k) : x);
+    }
+    for (int64_t r = 0; r < R; ++r) p.h[m * R + r] = dot(kept.get(), p.lora.a + r * K, K) * drop.keep_scale;
+  }
+  with_tokens(M, [&]<int tokens>() {
+    stream_linear<Words<T>, tokens>(p.w, p.x, p.x_row, [&](int64_t n, int64_t m, float y) {
+      y += p.lora.scale * dot(p.h + m * R, p.lora.b + n * R, R);
+      p.y[m * N + n] = from_float<T>(p.bias ? y + p.bias[n] : y);
+    });
+  });
+}
+
+template <typename T, typename P>
+static void nf4_lora_linear(const Nf4LoraLinear<T, P>& p) {
+  using W = Words<T>;
+  const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.lora.R;
+  if (can_stream(p.w, M)) return stream_nf4_lora(p);
+  with_strips(M, [&]<int MV>() {
+    Scratch<uint32_t> lanes(packed_size<W, MV>(M, K)), h_lanes(packed_size<W, MV>(M, R));
+    pack_rows<W, MV>(lanes, p.x, p.x_row, M, K);
+    down<W, MV>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, K);
+    gemm<W, MV, Panel::kByRow>(M, N, StoreTokens<MV, T>{p.y, M, N, p.bias},
+                               Segment{h_lanes, words_of<W>(R), DenseRows<W, P>{p.lora.b, R, R}},
+                               Segment{lanes, words_of<W>(K), Nf4Rows<W>{p.w}});
+  });
+}
+
+// --------------------------------------------------------------------------------------------- backward
+
+template <typename W, typename T>
+static DenseColumns<W, T> columns(const DenseMatrix<T>& w) {
+  return {w.w, w.K, w.N};
+}
+template <typename W, typename T>
+static Nf4Columns<W> columns(const Nf4Matrix& w) {
+  return {w};
+}
+
+// dA [R][K] = scale·gᵀ drop(x) and dB [N][R] = scale·dyᵀ h: lanes are the R columns of g or h, rows the columns of x or dy.
+template <typename W, typename T, typename P, typename Weight>
+static void adapter_gradients(const LoraLinearBackward<T, P, Weight>& p, const float* g) {
+  const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.lora.R;
+  const Dropout& drop = p.lora.drop;
+  with_strips(R, [&]<int MV>() {
+    constexpr int64_t width = kWidth<MV>;
+    Scratch<uint32_t> lanes(packed_size<W, MV>(R, M));
+    const int64_t words = words_of<W>(M);
+
+    pack_columns<W, MV>(lanes, p.h, R, R, M);
+    const auto store_db = [&](const float* c, int64_t strip, int64_t n, int64_t rows) {
+      const int64_t r = strip * width;
+      store_rows(p.db + n * R + r, R, c, width, rows, min64(R - r, width), [&](Vec sum) { return sum * p.lora.scale; });
+    };
+    gemm<W, MV, Panel::kByWord>(R, N, store_db, Segment{lanes, words, DenseColumns<W, T>{p.dy, p.dy_row, M}});
+
+    pack_columns<W, MV>(lanes, g, R, R, M);
+    const float scale = p.lora.scale * drop.keep_scale;
+    const auto store_da = [&](const float* c, int64_t strip, int64_t k, int64_t rows) {
+      const int64_t r = strip * width;
+      unpack_lanes(p.da + r * K + k, K, c, width, rows, min64(R - r, width),
+                   [&](int64_t, int64_t, Vec sum) { return sum * scale; });
+    };
+    if (drop.seed)
+      gemm<W, MV, Panel::kByWord>(R, K, store_da, Segment{lanes, words, DroppedColumns<W, T>{p.x, p.x_row, M, drop}});
+    else
+      gemm<W, MV, Panel::kByWord>(R, K, store_da, Segment{lanes, words, DenseColumns<W, T>{p.x, p.x_row, M}});
+  });
+}
+
+template <typename T, typename P, typename Weight>
+static void lora_linear_backward(const LoraLinearBackward<T, P, Weight>& p) {
+  using W = Words<T>;
+  const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.lora.R;
+  Scratch<float> g(M * R);
+  with_strips(M, [&]<int MV>() {
+    Scratch<uint32_t> lanes(packed_size<W, MV>(M, N)), g_lanes(packed_size<W, MV>(M, R));
+    pack_rows<W, MV>(lanes, p.dy, p.dy_row, M, N);
+    const float scale = p.lora.scale * p.lora.drop.keep_scale;
+    gemm<W, MV, Panel::kByWord>(M, R, StoreNarrow<W, MV>{g, g_lanes, M, R, 1.0f, scale},
+                                Segment{lanes, words_of<W>(N), DenseColumns<W, P>{p.lora.b, R, N}});
+    if (!p.dx) return;
+    gemm<W, MV, Panel::kByWord>(M, K, StoreTokens<MV, T>{p.dx, M, K, {}},
+                                Segment{g_lanes, words_of<W>(R), DenseColumns<W, P>{p.lora.a, K, R}, DropC<MV>{p.lora.drop}},
+                                Segment{lanes, words_of<W>(N), columns<W, T>(p.w)});
+  });
+  adapter_gradients<W>(p, g);
+}
+
+template <typename T>
+using DenseBackward = LoraLinearBackward<T, T, DenseMatrix<T>>;
+template <typename T>
+using Nf4Backward = LoraLinearBackward<T, T, Nf4Matrix>;
+using DenseBackwardMixed = LoraLinearBackward<bfloat16, float, DenseMatrix<bfloat16>>;
+using Nf4BackwardMixed = LoraLinearBackward<bfloat16, float, Nf4Matrix>;
+using LoraLinearFloat = LoraLinear<float, float>;
+using LoraLinearHalf = LoraLinear<bfloat16, bfloat16>;
+using LoraLinearMixed = LoraLinear<bfloat16, float>;
+using Nf4LoraLinearFloat = Nf4LoraLinear<float, float>;
+using Nf4LoraLinearHalf = Nf4LoraLinear<bfloat16, bfloat16>;
+using Nf4LoraLinearMixed = Nf4LoraLinear<bfloat16, float>;
+
+LK_KERNEL(LoraLinearFloat, lora_linear);
+LK_KERNEL(LoraLinearHalf, lora_linear);
+LK_KERNEL(LoraLinearMixed, lora_linear);
+LK_KERNEL(Nf4LoraLinearFloat, nf4_lora_linear);
+LK_KERNEL(Nf4LoraLinearHalf, nf4_lora_linear);
+LK_KERNEL(Nf4LoraLinearMixed, nf4_lora_linear);
+LK_KERNEL(DenseBackward<float>, lora_linear_backward);
+LK_KERNEL(DenseBackward<bfloat16>, lora_linear_backward);
+LK_KERNEL(DenseBackwardMixed, lora_linear_backward);
+LK_KERNEL(Nf4Backward<float>, lora_linear_backward);
+LK_KERNEL(Nf4Backward<bfloat16>, lora_linear_backward);
+LK_KERNEL(Nf4BackwardMixed, lora_linear_backward);
+
+}  // namespace llamakern::LK_ISA
