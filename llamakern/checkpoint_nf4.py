@@ -13,21 +13,10 @@ import torch
 from torch import Tensor
 
 from llamakern.nn import NF4Linear
-from llamakern.ops.nf4 import CODEBOOK
+from llamakern.ops.nf4 import ABSMAX_BLOCK, CODEBOOK, dynamic_map
 
 STATE = ".quant_state.bitsandbytes__nf4"
 SUFFIXES = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
-NESTED_BLOCK = 256
-
-
-def dynamic_map() -> Tensor:
-    """The 256 levels of an absmax code: 0, 1, and for e = 0..6 the 2^e midpoints of [0.1, 1], times ±10^(e - 6)."""
-    levels = [0.0, 1.0]
-    for e in range(7):
-        edges = torch.linspace(0.1, 1, 2**e + 1)
-        middle = 10 ** (e - 6) * (edges[:-1] + edges[1:]) / 2
-        levels += middle.tolist() + (-middle).tolist()
-    return torch.tensor(sorted(levels))
 
 
 def pack(linear: NF4Linear, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -44,10 +33,10 @@ def pack(linear: NF4Linear, dtype: torch.dtype) -> dict[str, Tensor]:
         ".weight.quant_map": torch.tensor(CODEBOOK),
     }
     if linear.double_quant:
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+        state |= {"nested_blocksize": ABSMAX_BLOCK, "nested_dtype": "float32"}
         state |= {"nested_offset": linear.absmax_offset.item()}
         tensors[".weight.nested_absmax"] = linear.absmax_scale.detach()
-        tensors[".weight.nested_quant_map"] = dynamic_map()
+        tensors[".weight.nested_quant_map"] = dynamic_map().clone()  # one per file entry: safetensors refuses to share
     tensors[".weight" + STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors
 
@@ -60,8 +49,8 @@ def parse_state(name: str, state: Tensor) -> dict:
         whole = all(type(n) is int and n > 0 for n in (N, K, state["blocksize"]))
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"checkpoint: {name}{STATE} must be a bitsandbytes quant_state, got {e!r}") from None
-    if not whole or state.get("quant_type") != "nf4" or state.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
-        raise ValueError(f"checkpoint: {name}{STATE} must be nf4 with nested blocks of {NESTED_BLOCK}, got {state}")
+    if not whole or state.get("quant_type") != "nf4" or state.get("nested_blocksize", ABSMAX_BLOCK) != ABSMAX_BLOCK:
+        raise ValueError(f"checkpoint: {name}{STATE} must be nf4 with nested blocks of {ABSMAX_BLOCK}, got {state}")
     return state
 
 

@@ -5,7 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-MISTAKES = (ValueError, TypeError, FileNotFoundError, NotImplementedError, FloatingPointError, RuntimeError)
+from llamakern.gate import GateError
+
+MISTAKES = (ValueError, TypeError, FileNotFoundError, NotImplementedError, FloatingPointError, GateError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("settings", nargs="*", metavar="config.yaml key=value", help="settings; they work as flags too:")
     add_settings(p)
     p.add_argument("--dry-run", action="store_true", help="train nothing; show data, memory and time")
+    p.add_argument("--reproduce", metavar="run.json", help="run it again; fail unless the adapter comes out the same")
     p.add_argument("--print-settings", action="store_true", help="show every setting and its value")
 
     p = verb(
@@ -104,15 +107,20 @@ def demo(arguments) -> None:
 
 def finetune(arguments) -> None:
     from llamakern import settings
-    from llamakern.finetune import FinetuneConfig, dry_run
+    from llamakern.finetune import FinetuneConfig, dry_run, reproduce
     from llamakern.finetune import finetune as run
 
+    if arguments.reproduce:
+        print(f"the adapter is the same: {reproduce(arguments.reproduce)['hashes']['adapter']}")
+        return
     for flag in arguments.rest:
         if flag.startswith("--"):
             settings.known(flag[2:].partition("=")[0].replace("-", "_"), settings.names(FinetuneConfig))
     words = [*arguments.settings, *arguments.rest]
     file = words.pop(0) if words and "=" not in words[0] else None
-    flags = [f"{name}={getattr(arguments, name)}" for name in settings.names(FinetuneConfig) if hasattr(arguments, name)]
+    flags = [
+        f"{name}={getattr(arguments, name)}" for name in settings.names(FinetuneConfig) if hasattr(arguments, name)
+    ]
     config = settings.build(FinetuneConfig, file, words + flags)
     if arguments.print_settings:
         for name in settings.names(FinetuneConfig):

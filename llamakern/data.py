@@ -7,11 +7,12 @@ A record is one JSON object, in one of these forms:
     {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
     {"text": ...}
 
-Only answers train: every token of the prompt has the label -100. Each answer ends with the tokenizer's end token, which trains
-like the rest. labels[t] is the target at position t, so it is tokens[t + 1].
+Only answers train: every token of the prompt has the label -100. Each answer ends with the tokenizer's end token, which
+trains like the rest. labels[t] is the target at position t, so it is tokens[t + 1].
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ FIELDS = ("instruction", "input", "output", "instances", "messages", "text")
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The words around an instruction; kept beside the adapter, because it answers only to the words it was trained with."""
+    """The words around an instruction, kept beside the adapter: it answers only to those it was trained with."""
 
     instruction: str = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -54,9 +55,7 @@ PLAIN = PromptTemplate("{instruction}\n", "{instruction}\n{input}\n", "{content}
 
 def fill(pattern: str, **values: str) -> str:
     """`pattern` with {name} replaced; braces in the values stay as they are."""
-    for name, value in values.items():
-        pattern = pattern.replace("{" + name + "}", value.replace("{", "\0"))
-    return pattern.replace("\0", "{")
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), pattern)
 
 
 class Segment(NamedTuple):
@@ -119,7 +118,7 @@ def read_records(source: str | Path | Sequence[Mapping]) -> list[tuple[str, Mapp
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"data: path must be a .json or .jsonl file, got {path}")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         pairs = [(f"record {i} of {path.name}", record) for i, record in enumerate(parse(text, path.name))]
     else:
@@ -262,7 +261,9 @@ def epoch_batches(
     """
     order = list(range(len(examples)))
     if seed is not None:
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        order = torch.randperm(
+            len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        ).tolist()
     if not packing:
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches, room = [], 0
@@ -277,7 +278,7 @@ def epoch_batches(
 
 
 def pad(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Right-padded rows, as long as the longest. Causal attention never looks at the padding, and its labels are ignored."""
+    """Right-padded rows, as long as the longest. Causal attention never sees the padding; its labels are ignored."""
     T = max(len(e.tokens) for e in examples) - 1
     tokens = torch.tensor([e.inputs + [pad_id] * (T - len(e.inputs)) for e in examples])
     labels = torch.tensor([e.labels + [IGNORED] * (T - len(e.labels)) for e in examples])
@@ -285,7 +286,7 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 def pack(examples: Sequence[Example], length: int, pad_id: int) -> Batch:
-    """One row of `length` tokens; sequences see only themselves, and the padding at the end is a sequence of its own."""
+    """One row of `length` tokens; sequences see only themselves. The padding at the end is one more sequence."""
     tokens = [t for e in examples for t in e.inputs]
     labels = [t for e in examples for t in e.labels]
     sizes = [len(e.inputs) for e in examples]

@@ -29,7 +29,7 @@ from llamakern.train import TrainConfig, Trainer
 MODEL = LlamaConfig(
     dim=256, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=704, vocab_size=2048, max_seq_len=256, tie_embeddings=True
 )
-PRETRAIN = {"batch_size": 8, "max_len": 256, "lr": 3e-3, "warmup": 20, "weight_decay": 0.1, "beta2": 0.95}
+PRETRAIN = {"batch_size": 4, "max_len": 256, "lr": 3e-3, "warmup": 20, "weight_decay": 0.1, "beta2": 0.95}
 FINETUNE = {"batch_size": 4, "max_len": 256, "lr": 4e-3, "warmup": 10}
 FINETUNE_SECONDS = 25.0
 LEAST_STEPS, MOST_STEPS = 60, 1500
@@ -52,8 +52,10 @@ METHODS = {
 }
 
 
-def run(out: str | Path = "runs/demo", *, minutes: float = 1.0, model: LlamaConfig = MODEL, quiet: bool = False) -> dict:
-    """Do it all, leave it in folder `out`, and return what summary.json holds. `minutes` is the time for pre-training."""
+def run(
+    out: str | Path = "runs/demo", *, minutes: float = 1.0, model: LlamaConfig = MODEL, quiet: bool = False
+) -> dict:
+    """Do it all, leave it in folder `out`, return what summary.json holds. `minutes` is the time for pre-training."""
     started, out = time.perf_counter(), Path(out)
     torch.manual_seed(0)
     clear(out)
@@ -120,7 +122,7 @@ def corpus() -> tuple[list[str], list[Documented], list[Documented]]:
         if len(by_file[files[i]]) <= N_HELD_OUT // 4:  # no single file shall be the judge
             held_files.add(files[i])
             held += by_file[files[i]]
-    texts = manual() + ["\n\n".join(texts) for file, texts in docstrings.items() if file not in held_files]
+    texts = [*manual(), *("\n\n".join(texts) for file, texts in docstrings.items() if file not in held_files)]
     return texts, [f for f in functions if f.file not in held_files], held
 
 
@@ -167,7 +169,9 @@ def steps_within(seconds: float, trainer: Trainer) -> int:
     return int(min(MOST_STEPS, max(LEAST_STEPS, seconds / seconds_per_step(trainer))))
 
 
-def pretrain(config: LlamaConfig, texts: list[str], tokenizer: Tokenizer, out: Path, seconds: float, quiet: bool) -> dict:
+def pretrain(
+    config: LlamaConfig, texts: list[str], tokenizer: Tokenizer, out: Path, seconds: float, quiet: bool
+) -> dict:
     """Train a LLaMA from nothing, save it to out/base; returns its figures."""
     examples = chunks(texts, tokenizer, PRETRAIN["max_len"])
     held_out, train = examples[::40], [e for i, e in enumerate(examples) if i % 40]

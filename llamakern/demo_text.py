@@ -1,4 +1,4 @@
-"""Real English that every Python has: the language manual (`pydoc_data.topics`) and the standard library's docstrings."""
+"""Real English that every Python has: its manual (`pydoc_data.topics`) and the standard library's docstrings."""
 
 import ast
 import inspect

@@ -3,12 +3,14 @@
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from llamakern.data import Batch
 from llamakern.peft.base import trainable
+from llamakern.runs import peak_memory_mb
 from llamakern.train import Trainer
 
 REPEATS = 3
@@ -33,13 +35,14 @@ class Estimate:
     @property
     def largest_batch(self) -> int:
         """How many sequences fit into the memory that is free now, beside everything else."""
-        fixed = self.total - self.parts["activations"]
+        fixed = sum(self.parts[name] for name in ("gradients", "optimizer", "gate (first steps)"))
         return max(0, int((self.available - fixed) // max(1, self.activations_per_sequence)))
 
 
 def estimate(trainer: Trainer) -> Estimate:
     """Probe `trainer`'s model on its fullest batch. Gradients are dropped again; nothing trains."""
     model, config = trainer.model, trainer.config
+    resident = resident_memory(trainer.device)
     batch = max((batches[0] for batches in first(trainer.plan(0), 8)), key=lambda batch: batch.tokens.numel())
     seconds, saved = probe(trainer, batch)
     layers = len(model.layers)
@@ -53,12 +56,14 @@ def estimate(trainer: Trainer) -> Estimate:
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     trained = sum(p.nbytes for p in trainable(model).values())
     parts = {
+        "program": max(0, resident - frozen - trained),
         "frozen weights": frozen,
         "trained weights": trained,
         "gradients": trained,
         "optimizer": 2 * trained,
         "gate (first steps)": trained,
         "activations": int(activations),
+        "one block's gradients": int(saved[2] - saved[1]) if layers > 1 else int(saved[1]),
     }
     return Estimate(
         parts=parts,
@@ -125,7 +130,6 @@ class SavedBytes:
     def __init__(self, model: nn.Module):
         self.seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self.bytes = 0
-        self.kept = []
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -142,12 +146,22 @@ class SavedBytes:
         return self.hooks.__exit__(*error)
 
 
+def resident_memory(device: torch.device) -> int:
+    """Bytes that this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return int(peak_memory_mb() * 2**20)
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that are free now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        lines = open("/proc/meminfo", encoding="ascii").read().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

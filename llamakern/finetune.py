@@ -1,6 +1,7 @@
 """The fine-tuning job: from settings to an adapter on disk, or with `dry_run` to a report of what would happen."""
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +78,23 @@ def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
     return run
 
 
+def reproduce(file: str | Path) -> dict:
+    """Run the settings of a run.json again, in a folder beside its own. ValueError unless all hashes are the same."""
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"finetune: reproduce must name a run.json, got {file}")
+    run = json.loads(file.read_text(encoding="utf-8"))
+    if "adapter" not in run.get("hashes", {}):
+        raise ValueError(f"finetune: {file} must be of a run that ended, got one without an adapter")
+    config = FinetuneConfig(**run["settings"])
+    config.out = str(file.parent.with_name(file.parent.name + "-reproduced"))
+    again = finetune(config)
+    changed = [name for name, value in run["hashes"].items() if again["hashes"][name] != value]
+    if changed:
+        raise ValueError(f"finetune: hashes must equal those of {file}, got another {' and another '.join(changed)}")
+    return again
+
+
 def prepare(config: FinetuneConfig, tokenizer: Tokenizer, records: list, *, out: Path | None, quiet: bool) -> Trainer:
     """Model with method, data and trainer, ready to go."""
     records = drop_masked(records) if config.drop_masked else records
@@ -150,7 +168,8 @@ def histogram(lengths: list[int], rows: int = 8, width: int = 40) -> list[str]:
     counts = [sum(low < n <= low + step for n in lengths) for low in range(0, max(lengths), step)]
     scale = width / max(counts)
     return [
-        f"  {i * step + 1:>6} to {(i + 1) * step:<6} {'#' * round(n * scale):<{width}} {n}" for i, n in enumerate(counts)
+        f"  {i * step + 1:>6} to {(i + 1) * step:<6} {'#' * round(n * scale):<{width}} {n}"
+        for i, n in enumerate(counts)
     ]
 
 

@@ -8,8 +8,12 @@ from torch import nn
 STEPS = 5  # LoRA's A has no gradient in the first step, because B is zero there
 
 
+class GateError(RuntimeError):
+    """Some trainable tensors do not train."""
+
+
 class Gate:
-    """Watches the first `STEPS` steps with lr > 0, then raises RuntimeError with the names of the tensors that failed.
+    """Watches the first `STEPS` steps with lr > 0, then raises GateError with the names of the tensors that failed.
 
     Between optimizer.step() and zero_grad() call `observe()`. At the end of a run shorter than that call `close()`.
     Until it has judged, it holds a copy of every trainable tensor.
@@ -52,7 +56,7 @@ class Gate:
         self.start = {}
         found = [f"{fault}: {', '.join(named)}" for fault, named in faults.items() if named]
         if found:
-            raise RuntimeError(
+            raise GateError(
                 f"gate: every trainable tensor must receive a finite gradient and move in the first {STEPS} steps, "
                 f"got {'; '.join(found)}"
             )

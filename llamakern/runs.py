@@ -14,7 +14,7 @@ from llamakern.files import atomic_file
 
 
 class RunFolder:
-    """`path/metrics.jsonl`, one JSON object a line, and `path/checkpoints/step-<n>.pt`, the last `keep_last` of them."""
+    """`path/metrics.jsonl`, one JSON object a line, and the last `keep_last` of `path/checkpoints/step-<n>.pt`."""
 
     def __init__(self, path: str | Path, keep_last: int = 2):
         self.path, self.keep_last = Path(path), keep_last

@@ -51,9 +51,8 @@ def known(key: str, keys: Iterable[str]) -> str:
 def convert(key: str, value: object, kind: object):
     """`value` as the type of its field. Words from the command line come as strings, YAML's `1e-4` too."""
     options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
-        if type(None) in options:
-            return None
+    if type(None) in options and str(value).lower() in ("none", "null", ""):
+        return None
     (kind,) = (option for option in options if option is not type(None))
     base = typing.get_origin(kind) or kind
     try:

@@ -105,8 +105,8 @@ class Trainer:
     def train(self) -> dict:
         """Run to the end and return the figures of the run: loss_before and loss_after (held out), tokens_per_s, ...
 
-        FloatingPointError for a loss or gradient that is not finite, after saving the last good state. RuntimeError from
-        the gate. ValueError if the folder holds a run with other settings or data.
+        FloatingPointError for a loss or gradient that is not finite, after saving the last good state. GateError
+        from the gate. ValueError if the folder holds a run with other settings or data.
         """
         config = self.config
         torch.manual_seed(config.seed)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llamakern.checkpoint import from_pretrained, save_pretrained
-from llamakern.checkpoint_nf4 import dynamic_map
 from llamakern.model import Llama
 from llamakern.nn import NF4Linear, quantize_
+from llamakern.ops.nf4 import dynamic_map
 
 
 def test_quantise_while_loading(tmp_path):

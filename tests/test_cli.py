@@ -51,8 +51,10 @@ def test_finetune_generate_merge(tiny, tmp_path, capsys, method):
     out = tmp_path / "run"
     assert main(words(tiny, out, f"method={method}")) == 0
     result = json.loads((out / "run.json").read_text())
-    assert result["result"]["steps"] == 6 and result["settings"]["method"] == method
-    assert set(result["hashes"]) == {"base", "data", "adapter"} and result["environment"]["torch"]
+    assert result["result"]["steps"] == 6
+    assert result["settings"]["method"] == method
+    assert set(result["hashes"]) == {"base", "data", "adapter"}
+    assert result["environment"]["torch"]
     assert {p.name for p in out.iterdir()} >= {"run.json", "metrics.jsonl", "adapter", "checkpoints", "loss.png"}
 
     quantize = ["--quantize", "nf4"] if method == "qlora" else []
@@ -68,6 +70,18 @@ def test_finetune_generate_merge(tiny, tmp_path, capsys, method):
     assert main(["merge", base, adapter, str(tmp_path / "merged"), *quantize, "--to", "float32"]) == 0
     assert "merging changed the logits of" in capsys.readouterr().out
     assert main(["generate", str(tmp_path / "merged"), "--prompt", "say cat", "--max-new-tokens", "3"]) == 0
+
+
+def test_reproduce(tiny, tmp_path, capsys):
+    assert main(words(tiny, tmp_path / "run")) == 0
+    file = tmp_path / "run" / "run.json"
+    assert main(["finetune", "--reproduce", str(file)]) == 0
+    assert "the adapter is the same" in capsys.readouterr().out
+    run = json.loads(file.read_text())
+    run["hashes"]["adapter"] = "other"
+    file.write_text(json.dumps(run))
+    assert main(["finetune", "--reproduce", str(file)]) == 1
+    assert "hashes must equal those of" in capsys.readouterr().err
 
 
 def test_same_command_again_goes_on_and_other_settings_are_refused(tiny, tmp_path, capsys):
@@ -95,7 +109,8 @@ def test_dry_run_shows_all_and_writes_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert main(words(tiny, tmp_path / "run", "--dry-run", "max_len=4")) == 1
     error = capsys.readouterr()
-    assert "fully masked" in error.out and "every example must keep an answer within max_len" in error.err
+    assert "fully masked" in error.out
+    assert "every example must keep an answer within max_len" in error.err
 
 
 def test_quantize_writes_a_folder_that_loads(tiny, tmp_path, capsys):
@@ -125,18 +140,25 @@ def test_info(capsys):
 def test_mistakes_are_one_line(argv, message, capsys):
     assert main(argv) == 1
     error = capsys.readouterr().err
-    assert message in error and error.startswith(f"llamakern {argv[0]}: ") and error.count("\n") == 1
+    assert message in error
+    assert error.startswith(f"llamakern {argv[0]}: ")
+    assert error.count("\n") == 1
 
 
 def test_settings_file_then_words_then_flags(tmp_path, capsys):
     file = tmp_path / "run.yaml"
-    file.write_text("base: b\ndata: d\nlr: 1e-4\nrank: 4\npacking: false\nfields: {output: a}\ntargets: [q_proj, v_proj]\n")
+    file.write_text(
+        "base: b\ndata: d\nlr: 1e-4\nrank: 4\npacking: false\nfields: {output: a}\ntargets: [q_proj, v_proj]\n"
+    )
     config = settings.build(FinetuneConfig, file, ["rank=8", "steps=none"])
     assert (config.lr, config.rank, config.packing, config.steps) == (1e-4, 8, False, None)
-    assert config.targets == ("q_proj", "v_proj") and config.fields == {"output": "a"}
+    assert config.targets == ("q_proj", "v_proj")
+    assert config.fields == {"output": "a"}
     assert main(["finetune", str(file), "--rank", "2", "--print-settings", "alpha=3"]) == 0
     shown = capsys.readouterr().out
-    assert "rank: 2\n" in shown and "alpha: 3.0\n" in shown and "lr: 0.0001\n" in shown
+    assert "rank: 2\n" in shown
+    assert "alpha: 3.0\n" in shown
+    assert "lr: 0.0001\n" in shown
     for content, message in (("- 1\n", "must hold key: value lines, got list"), ("a: [", "must be YAML")):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -40,11 +40,13 @@ def load(records, **knobs):
 
 
 def spelled(example: Example) -> str:
-    """The example with its trained tokens in capitals, ^ for the begin token and $ for the end token."""
+    """The example with its trained letters in capitals, ^ for the begin token and $ for the end token."""
     letters = {1: "^", 2: "$"} | {3 + ord(c) % 190: c for c in "abcdefghijklmnopqrstuvwxyz\n "}
     text = [letters[t] for t in example.tokens]
-    return "".join(c.upper() if m and c not in "$" else "(" + c + ")" if c == "$" and not m else c
-                   for c, m in zip(text, example.trained, strict=True))  # fmt: skip
+    return "".join(c.upper() if trained else c for c, trained in zip(text, example.trained, strict=True))
+
+
+DIALOGUE = [("system", "z"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
 
 
 @pytest.mark.parametrize(
@@ -55,10 +57,8 @@ def spelled(example: Example) -> str:
         ({"instruction": "say", "input": None, "output": "yes"}, ["^say\nYES$"]),
         ({"text": "once"}, ["^ONCE$"]),
         (
-            {"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "a"}]
-             + [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-             + [{"role": "assistant", "content": "d"}]},
-            ["^be\na\nB$c\nD$"],
+            {"messages": [{"role": role, "content": content} for role, content in DIALOGUE]},
+            ["^z\na\nB$c\nD$"],
         ),
         (
             {"instruction": "i", "instances": [{"input": "", "output": "x"}, {"input": "n", "output": "y"}]},
@@ -81,8 +81,11 @@ def test_labels_are_the_next_tokens():
 def test_cutting_is_counted_and_a_lost_answer_is_an_error():
     records = [{"instruction": "a" * 5, "output": "b"}, {"instruction": "a" * 5, "output": "b" * 9}]
     (whole,), (cut,) = load(records, max_len=12)
-    assert not whole.truncated and cut.truncated and not cut.masked
-    assert len(cut.tokens) == 12 and cut.tokens[-1] != 2
+    assert not whole.truncated
+    assert cut.truncated
+    assert not cut.masked
+    assert len(cut.tokens) == 12
+    assert cut.tokens[-1] != 2
     ((lost,),) = load(records[1:], max_len=6)
     assert lost.masked
     message = r"every example must keep an answer within max_len, got 1 fully masked \(record 0\); raise max_len, "
@@ -131,9 +134,9 @@ def test_bad_files(tmp_path, content, message):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(FileNotFoundError, match="data: path must be a .json or .jsonl file"):
+    with pytest.raises(FileNotFoundError, match=r"data: path must be a \.json or \.jsonl file"):
         load(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="data: fields must rename some of .*, got 'question'"):
+    with pytest.raises(ValueError, match=r"data: fields must rename some of .*, got 'question'"):
         load([{"text": "a"}], fields={"question": "q"})
     with pytest.raises(ValueError, match=r"eval_fraction must be in \[0, 1\), got 1"):
         split([], 1, 0)
@@ -143,7 +146,8 @@ def test_split_keeps_records_whole_and_follows_the_seed():
     records = load([{"instruction": "i", "instances": [{"output": "x"}, {"output": "y"}]}] * 10)
     records = [[e._replace(where=str(i)) for e in record] for i, record in enumerate(records)]
     train, held = split(records, 0.3, seed=1)
-    assert len(train) == 14 and len(held) == 6
+    assert len(train) == 14
+    assert len(held) == 6
     assert not {e.where for e in train} & {e.where for e in held}
     assert split(records, 0.3, seed=1) == (train, held) != split(records, 0.3, seed=2)
     assert split(records, 0.0, seed=1)[1] == []
@@ -171,8 +175,10 @@ def test_packed_is_each_alone():
     model = Llama(config)
     data = examples(7, 12, 2, 9)
     packed, padded = pack(data, 40, pad_id=0), pad(data, pad_id=0)
-    assert packed.tokens.shape == (1, 40) and padded.tokens.shape == (4, 11)
-    assert packed.cu_seqlens.tolist() == [0, 6, 17, 18, 26, 40] and packed.cu_seqlens.dtype == torch.int32
+    assert packed.tokens.shape == (1, 40)
+    assert padded.tokens.shape == (4, 11)
+    assert packed.cu_seqlens.tolist() == [0, 6, 17, 18, 26, 40]
+    assert packed.cu_seqlens.dtype == torch.int32
     assert packed.positions.tolist()[:8] == [0, 1, 2, 3, 4, 5, 0, 1]
     assert packed.n_trained == padded.n_trained == packed.n_tokens == padded.n_tokens == 26
     with torch.no_grad():

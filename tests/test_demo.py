@@ -30,15 +30,19 @@ def test_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     assert all(set(s) == {"true", "before", "lora", "qlora"} for s in summary["samples"].values())
     assert (tmp_path / "loss.png").stat().st_size > 1000
     shown = capsys.readouterr().out
-    assert "method" in shown and "qlora" in shown and "peak memory" in shown
+    assert "method" in shown
+    assert "qlora" in shown
+    assert "peak memory" in shown
 
 
 def test_no_held_out_file_is_trained_on():
     _, train, held = demo.corpus()
     assert not {f.file for f in train} & {f.file for f in held}
-    assert len(held) >= 200 and len(train) > 1000
+    assert len(held) >= 200
+    assert len(train) > 1000
 
 
 def test_first_sentence():
     assert first_sentence("Return the sum\nof two numbers. And more.\n\nLong.") == "Return the sum of two numbers."
-    assert first_sentence("Short.") is None and first_sentence("no capital in this sentence.") is None
+    assert first_sentence("Short.") is None
+    assert first_sentence("no capital in this sentence.") is None

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import llamakern
 from llamakern import ops
 
 ROOT = Path(__file__).parent.parent
@@ -26,13 +25,14 @@ SOURCES = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*.*") if p.su
 def test_room_has_every_door(room):
     doors = [
         f"csrc/{room}/{room}.h",
-        f"csrc/{room}/{room}_cpu.cpp",
         f"bindings/{room}.cpp",
         f"llamakern/ops/{room}.py",
         f"tests/test_{room}.py",
         f"benchmarks/bench_{room}.py",
     ]
     missing = [door for door in doors if not (ROOT / door).exists()]
+    if not list((ROOT / "csrc" / room).glob("*_cpu.cpp")):
+        missing.append(f"csrc/{room}/{room}_cpu.cpp")
     assert not missing, f"room {room!r} lacks {missing}"
 
 
@@ -57,7 +57,8 @@ def test_bindings_know_no_math():
 
 
 def test_llamakern_knows_no_pointers():
-    assert not offenders("llamakern", r"data_ptr\(|import ctypes|from ctypes")
+    """A storage's address may tell whether two tensors share it; no other address is taken."""
+    assert not offenders("llamakern", r"(?<!storage)(?<!storage\(\))\.data_ptr\(|\bctypes\b")
 
 
 def test_long_files_say_why():
@@ -92,6 +93,13 @@ def test_every_front_door_has_a_differentiable_twin():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(twin, "Autograd"), twin
 
 
+PUBLIC = {
+    "llamakern": ("Llama", "LlamaConfig", "TrainConfig", "Trainer", "generate", "load_tokenizer"),
+    "llamakern.nn": ("LoRALinear", "NF4Linear", "RMSNorm"),
+    "llamakern.peft": ("LoRAConfig", "apply", "count_trainable", "load", "merge", "save"),
+}
+
+
 def signature(fn):
     return str(inspect.signature(fn)).replace("torch.Tensor", "Tensor")
 
@@ -99,10 +107,9 @@ def signature(fn):
 def test_public_signatures_are_fixed():
     """Others write against these. A change here is a change of the contract: update the file on purpose."""
     snapshot = json.loads((Path(__file__).parent / "public_api.json").read_text())
-    now = {f"ops.{name}": signature(getattr(ops, name)) for name in OPS}
-    for module, names in llamakern.PUBLIC.items():
-        place = importlib.import_module(module)
-        now |= {f"{module.removeprefix('llamakern.')}.{name}": signature(getattr(place, name)) for name in names}
+    now = {f"llamakern.ops.{name}": signature(getattr(ops, name)) for name in OPS}
+    for module, names in PUBLIC.items():
+        now |= {f"{module}.{name}": signature(getattr(importlib.import_module(module), name)) for name in names}
     assert now == snapshot
 
 

@@ -26,7 +26,15 @@ def make(out, lora_seed=1, **config) -> Trainer:
     peft.apply(model, LoRAConfig(rank=4, dropout=0.3))
     rows = [[(i + t) % 32 for t in range(4 + i % 9)] for i in range(10)]
     examples = [Example(row, [False, *[True] * (len(row) - 1)], False, "") for row in rows]
-    settings = {"batch_size": 3, "accumulation": 2, "max_len": 16, "steps": 24, "lr": 1e-2, "warmup": 3, "save_every": 4}
+    settings = {
+        "batch_size": 3,
+        "accumulation": 2,
+        "max_len": 16,
+        "steps": 24,
+        "lr": 1e-2,
+        "warmup": 3,
+        "save_every": 4,
+    }
     return Trainer(model, examples, TrainConfig(**settings | config), held_out=examples[:2], out=out, quiet=True)
 
 
@@ -77,7 +85,9 @@ def test_a_broken_run_ends_like_an_unbroken_one(tmp_path):
 
 def test_a_run_with_other_settings_is_refused(tmp_path):
     make(tmp_path, steps=2).train()
-    with pytest.raises(ValueError, match="train: settings must equal those of the run in .*got lr 0.5 in place of 0.01"):
+    with pytest.raises(
+        ValueError, match=r"train: settings must equal those of the run in .*got lr 0.5 in place of 0.01"
+    ):
         make(tmp_path, steps=2, lr=0.5).train()
     other = make(tmp_path, steps=2)
     other.fingerprint = "other"
@@ -91,7 +101,7 @@ def test_a_damaged_checkpoint_says_so(tmp_path):
     trainer.train()
     path = trainer.folder.checkpoints()[-1]
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="train: checkpoint must be a whole file, got .*step-00000001.pt"):
+    with pytest.raises(ValueError, match=r"train: checkpoint must be a whole file, got .*step-00000001.pt"):
         make(tmp_path, steps=1).train()
 
 

@@ -14,7 +14,8 @@
 namespace llamakern::LK_ISA {
 namespace {
 
-constexpr int64_t kItems = 32;   // cut a head's strips until there are about so many items
+constexpr int64_t kItems = 16;       // cut the strips of each head until there are about so many items,
+constexpr int64_t kItemStrips = 8;   // of at least so many strips
 constexpr int64_t kBlock = 4 * kPanel;  // keys of a block
 
 // p and ds of a block of keys and a strip, in both forms that the matmuls read.
@@ -222,7 +223,8 @@ template <typename T>
 void attention_backward(const AttentionBackward<T>& p) {
   const int64_t groups = p.in.sequences * p.in.Hkv, lanes = round_up(p.in.D, kLanes);
   const auto group_at = [&](int64_t n) { return Group<T>{p.in, p.in.sequence(n / p.in.Hkv), n % p.in.Hkv}; };
-  const int64_t parts = max64(1, kItems / max64(1, groups));
+  const int64_t strips = ceil_div(p.in.T_ * p.in.G(), kStrip);
+  const int64_t parts = max64(1, min64(kItems / max64(1, groups), strips / kItemStrips));
   const int64_t wave = max64(1, min64(kItems, groups));  // groups at a time: their float sums are the largest memory here
   for (int64_t first = 0; first < groups; first += wave) {
     const int64_t count = min64(wave, groups - first);

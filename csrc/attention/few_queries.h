@@ -1,8 +1,9 @@
-// Attention of a few query rows over many keys: decoding. The roles turn around: keys, then channels, are the lanes of the
-// tile, and the query rows are its rows, so that each key and value is read once, where it lies, and packed in the L1 cache.
+// Attention of a few query rows over many keys: decoding. Keys and values are read once, where they lie and in their order,
+// so that memory streams: a key is multiplied with the query rows at once, values are packed a few at a time, as the lanes of
+// a tile whose rows are the query rows.
 //
-// The keys of a group are cut into ranges of kRangeKeys, each a task that leaves its own maximum, sum and output; these are
-// joined in their order.
+// The keys of a sequence are cut into ranges, each a task that leaves each head's maximum, sum and output; these are joined in
+// their order.
 #pragma once
 #include "attention.h"
 

@@ -113,17 +113,28 @@ void scatter(const Heads<T>& y, const T* rows, const Group<T>& group, const Stri
     memcpy(group.row_of(y, strip.first + lane), rows + lane * group.in.D, size_t(group.in.D) * sizeof(T));
 }
 
-// kLanes elements of a mask row as what is added to scores in powers of two: -inf where a bool says no.
+// kLanes elements of a mask row, `left` of them there, as what is added to scores in powers of two.
 inline Vec mask_bias(const Mask& mask, int64_t at, int64_t left) {
-  Vec bias{};
-  for (int i = 0; i < kLanes && i < left; ++i, at += mask.key) {
-    if (mask.kind == Mask::kBool)
-      bias[i] = static_cast<const uint8_t*>(mask.data)[at] ? 0.0f : -INFINITY;
-    else
-      bias[i] = kLog2e * (mask.kind == Mask::kFloat ? static_cast<const float*>(mask.data)[at]
-                                                    : to_float(static_cast<const bfloat16*>(mask.data)[at]));
+  const int n = lanes_left(left);
+  Vec x{};
+  if (mask.kind == Mask::kBool) {
+    const auto* seen = static_cast<const uint8_t*>(mask.data) + at;
+    if (mask.key == 1 && n == kLanes) {
+      uint8_t __attribute__((vector_size(kLanes))) bytes;
+      memcpy(&bytes, seen, kLanes);
+      return where(__builtin_convertvector(bytes, IVec) != 0, Vec{}, broadcast(-INFINITY));
+    }
+    for (int i = 0; i < n; ++i) x[i] = seen[i * mask.key] ? 0.0f : -INFINITY;
+    return x;
   }
-  return bias;
+  const auto* floats = static_cast<const float*>(mask.data) + at;
+  const auto* bfloats = static_cast<const bfloat16*>(mask.data) + at;
+  const bool wide = mask.kind == Mask::kFloat;
+  if (mask.key == 1)
+    x = wide ? load(floats, n) : load(bfloats, n);
+  else
+    for (int i = 0; i < n; ++i) x[i] = wide ? floats[i * mask.key] : to_float(bfloats[i * mask.key]);
+  return x * kLog2e;  // the lowest finite value, which some write for "hidden", becomes -inf
 }
 
 // Where the mask row of one query row begins at key 0.
@@ -137,16 +148,17 @@ int64_t mask_row(const Group<T>& group, int64_t row) {
 template <typename T>
 void gather_bias(float* bias, const Group<T>& group, const Strip& strip, int64_t j, int64_t n) {
   const Mask& mask = group.in.mask;
-  for (int64_t i = 0; i < n; i += kLanes)
-    for (int lane = 0; lane < kStrip; lane += kLanes) {
+  for (int lane = 0; lane < kStrip; lane += kLanes) {
+    int64_t rows[kLanes];
+    for (int l = 0; l < kLanes; ++l) rows[l] = mask_row(group, strip.row(lane + l)) + j * mask.key;
+    for (int64_t i = 0; i < n; i += kLanes) {
       IVec block[kLanes];
-      for (int l = 0; l < kLanes; ++l) {
-        const int64_t at = mask_row(group, strip.row(lane + l)) + (j + i) * mask.key;
-        block[l] = bits_as_int(mask_bias(mask, at, min64(n - i, group.at.S - j - i)));
-      }
+      for (int l = 0; l < kLanes; ++l)
+        block[l] = bits_as_int(mask_bias(mask, rows[l] + i * mask.key, min64(n - i, group.at.S - j - i)));
       transpose(block);
       for (int64_t r = 0; r < kLanes && i + r < n; ++r) store(bias + (i + r) * kStrip + lane, bits_as_float(block[r]));
     }
+  }
 }
 
 using Tile = Vec[kTileRows][kTileVecs];  // keys by lanes

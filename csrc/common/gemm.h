@@ -19,8 +19,7 @@
 
 namespace llamakern::LK_ISA {
 
-constexpr int64_t kBlockWords = 128;  // a block of the reduction: of a full strip 32 KB, which stay in L1
-constexpr int64_t kPanelRows = 192;   // 96 KB of rows in L2; a multiple of every tile's rows
+constexpr int64_t kPanelRows = 192;   // rows of a panel, in L2; a multiple of every tile's rows
 constexpr int64_t kGroupStrips = 8;   // strips that share a panel once it is filled
 
 template <int MV>
@@ -28,6 +27,8 @@ constexpr int kWidth = MV * kLanes;  // lanes of a strip
 template <int MV>
 constexpr int kRows = kTileVecs * kTileRows / MV;  // rows of a tile: the same registers for fewer lanes
 static_assert(kPanelRows % kRows<1> == 0 && kPanelRows % kRows<kTileVecs> == 0);
+template <int MV>
+constexpr int kBlock = MV <= kTileVecs / 2 ? 256 : 128;  // words of a block of the reduction: a strip's share stays in L1
 
 // fn<MV>() with the strip that wastes fewest lanes, the widest of equals.
 template <typename Fn>
@@ -88,7 +89,7 @@ void pack_columns(uint32_t* out, const T* x, int64_t ld, int64_t N, int64_t K) {
 // ----------------------------------------------------------------------------------------------- panels
 
 enum class Panel {
-  kByRow,   // [row][kBlockWords]     fill(out, row, first word, words) writes one row; it may write whole vectors
+  kByRow,   // [row][kBlock]     fill(out, row, first word, words) writes one row; it may write whole vectors
   kByWord,  // [word][kPanelRows]     fill(out, word, first row, rows) writes one word of each row; likewise
 };
 
@@ -108,13 +109,17 @@ struct DenseRows {
 // By word: row n is column n of w [K][N].
 template <typename W, typename T>
 struct DenseColumns {
+  static constexpr int kAhead = 8;  // words, to be fetched: they lie too far apart for the machine to see a stream
   const T* w;
   int64_t ld, K;
 
   void operator()(uint32_t* out, int64_t word, int64_t row, int64_t rows) const {
     const T* p = w + word * W::kPer * ld + row;
     const bool pair = word * W::kPer + 1 < K;
-    for (int64_t i = 0; i < rows; i += kLanes) store_words(out + i, W::across(p + i, pair ? p + i + ld : nullptr, rows - i));
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      for (int ahead = 0; ahead < W::kPer; ++ahead) __builtin_prefetch(p + i + (kAhead * W::kPer + ahead) * ld);
+      store_words(out + i, W::across(p + i, pair ? p + i + ld : nullptr, rows - i));
+    }
   }
 };
 
@@ -123,8 +128,8 @@ template <int MV, Panel kPanel, typename Fill>
 void fill_panel(uint32_t* panel, const Fill& fill, int64_t row, int64_t rows, int64_t word, int64_t words) {
   const int64_t padded = round_up(rows, kRows<MV>);
   if constexpr (kPanel == Panel::kByRow) {
-    for (int64_t r = 0; r < rows; ++r) fill(panel + r * kBlockWords, row + r, word, words);
-    if (padded > rows) memset(panel + rows * kBlockWords, 0, size_t((padded - rows) * kBlockWords) * 4);
+    for (int64_t r = 0; r < rows; ++r) fill(panel + r * kBlock<MV>, row + r, word, words);
+    if (padded > rows) memset(panel + rows * kBlock<MV>, 0, size_t((padded - rows) * kBlock<MV>) * 4);
   } else {
     for (int64_t w = 0; w < words; ++w) {
       if (padded > rows) memset(panel + w * kPanelRows, 0, size_t(padded) * 4);
@@ -136,7 +141,7 @@ void fill_panel(uint32_t* panel, const Fill& fill, int64_t row, int64_t rows, in
 // C[rows][width] = (add ? C : 0) + panel · strip, for rows up to a whole tile.
 template <typename W, int MV, Panel kPanel>
 void multiply(float* c, bool add, const uint32_t* strip, const uint32_t* panel, int64_t rows, int64_t words) {
-  constexpr int RS = kPanel == Panel::kByRow ? kBlockWords : 1, KS = kPanel == Panel::kByRow ? 1 : kPanelRows;
+  constexpr int RS = kPanel == Panel::kByRow ? kBlock<MV> : 1, KS = kPanel == Panel::kByRow ? 1 : kPanelRows;
   for (int64_t r = 0; r < rows; r += kRows<MV>)
     tile<W, MV, kRows<MV>, RS, KS>(c + r * kWidth<MV>, kWidth<MV>, add, strip, kWidth<MV>, panel + r * RS, words);
 }
@@ -192,13 +197,13 @@ void accumulate(float* c, bool& add, uint32_t* panel, const Segment<Fill, After>
                 int64_t row, int64_t rows) {
   constexpr int64_t width = kWidth<MV>, tile_rows = kRows<MV>;
   const int64_t padded = round_up(rows, tile_rows), c_strip = padded * width;
-  for (int64_t word = 0; word < segment.words; word += kBlockWords) {
-    const int64_t words = min64(segment.words - word, kBlockWords);
+  for (int64_t word = 0; word < segment.words; word += kBlock<MV>) {
+    const int64_t words = min64(segment.words - word, kBlock<MV>);
     const auto block = [&](int64_t s) { return segment.lanes + ((strip + s) * segment.words + word) * width; };
     // The first strip multiplies rows while they are fresh in L1; the others find the whole panel in L2.
     const int64_t step = kPanel == Panel::kByRow ? tile_rows : padded;
     for (int64_t r = 0; r < padded; r += step) {
-      uint32_t* part = panel + r * kBlockWords;
+      uint32_t* part = panel + r * kBlock<MV>;
       fill_panel<MV, kPanel>(part, segment.fill, row + r, min64(rows - r, step), word, words);
       multiply<W, MV, kPanel>(c + r * width, add, block(0), part, step, words);
     }
@@ -222,7 +227,7 @@ void gemm(int64_t lanes, int64_t rows, const Store& store, const Segments&... se
     const int64_t row = task / groups * panel_rows, here = min64(rows - row, panel_rows);
     const int64_t c_strip = round_up(here, kRows<MV>) * width;
     if (count <= 0) return;
-    Scratch<uint32_t> panel(kPanelRows * kBlockWords);
+    Scratch<uint32_t> panel(kPanelRows * kBlock<MV>);
     Scratch<float> c(count * c_strip);
     bool add = false;
     (accumulate<W, MV, kPanel>(c, add, panel, segments, strip, count, row, here), ...);

@@ -34,6 +34,8 @@ struct FloatWords {
 };
 
 #if defined(LK_ISA_AVX512BF16)
+inline IVec lane_numbers() { return IVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
 // Two bf16 in each word, the earlier element in the low half. Products are exact, sums are float32.
 struct PairWords {
   static constexpr int kPer = 2;
@@ -46,14 +48,28 @@ struct PairWords {
     const Vec low = load(p, lanes_left(left)), high = left > 16 ? load(p + 16, lanes_left(left - 16)) : Vec{};
     return (IVec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   }
-  template <typename T>
-  static IVec across(const T* p, const T* next, int64_t left) {
+  static IVec across(const float* p, const float* next, int64_t left) {
     const int n = lanes_left(left);
-    return join(n ? load(p, n) : Vec{}, n && next ? load(next, n) : Vec{});
+    return join(load(p, n), next ? load(next, n) : Vec{});
+  }
+  static IVec across(const bfloat16* p, const bfloat16* next, int64_t left) {
+    const __mmask16 there = first(lanes_left(left));
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p));
+    if (!next) return (IVec)low;
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, next));
+    return (IVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+  static IVec across(const bfloat16* p, const bfloat16* next, int64_t left) {
+    const __mmask16 there = first(lanes_left(left));
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p));
+    if (!next) return (IVec)low;
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, next));
+    return (IVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
   static IVec join(Vec k, Vec next) {
-    const __m512i low = _mm512_cvtepu16_epi32(narrow(k)), high = _mm512_cvtepu16_epi32(narrow(next));
-    return (IVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)k);  // k in the lower 16 places
+    const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(0x00100000), (__m512i)(lane_numbers() * 0x00010001));
+    return (IVec)_mm512_permutexvar_epi16(places, both);
   }
   static Vec dot(Vec acc, IVec a, IVec b) { return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 };

@@ -170,12 +170,17 @@ inline Vec exp2_fraction(Vec r) {
 // 2^n for a whole n in [-127, 128]: 0 at -127, infinity at 128.
 inline Vec exp2_whole(Vec n) { return bits_as_float((__builtin_convertvector(n, IVec) + 127) << 23); }
 
-// 2^t: below 2^-126 it is 0, from 2^127.5 on infinity; NaN stays NaN.
+// 2^t: below 2^-126 it may be 0, from 2^128 on it is infinity; NaN stays NaN.
 inline Vec exp2(Vec t) {
+#if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX512BF16)
+  const Vec r = (Vec)_mm512_reduce_ps((__m512)t, 0x08);  // t - round(t); 0 for infinities
+  return (Vec)_mm512_scalef_ps((__m512)exp2_fraction(r), (__m512)(t - r));
+#else
   const Vec c = min(max(t, broadcast(-127.0f)), broadcast(128.0f));
   const Vec n = round_nearest(c);
   const Vec y = exp2_fraction(c - n) * exp2_whole(n);
   return t == t ? y : t;
+#endif
 }
 
 // e^x, within 3 ulp for |x| <= 87; 0 far below, infinity far above, NaN stays NaN.

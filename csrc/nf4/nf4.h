@@ -18,12 +18,11 @@ inline constexpr float kNf4Codebook[16] = {
     0.07958029955625534f,  0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f,  0.5626170039176941f,  0.7229568362236023f,  1.0f,
 };
-// A value takes the number of thresholds that it strictly exceeds. They are bitsandbytes' CUDA constants: in the last digit
-// some differ from the float32 midpoints.
+// A value takes the number of thresholds that it strictly exceeds. They are bitsandbytes' CUDA constants, each rounded from
+// its decimals straight to float32: four of them are one step away from the float32 midpoint of the two codes.
 inline constexpr float kNf4Thresholds[15] = {
-    -0.8480964004993439f,  -0.6106329262256622f,  -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
-    -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f,   0.2035212516784668f,
-    0.2920137718319893f,   0.3893125355243683f,   0.5016634166240692f,  0.6427869200706482f,   0.8614784181118011f,
+    -0.84809643f, -0.610632896f, -0.45999527f, -0.33967942f, -0.234607399f, -0.137911737f, -0.0455250181f, 0.0397901498f,
+    0.120255254f, 0.203521252f, 0.292013764f, 0.389312536f, 0.501663387f, 0.64278692f, 0.861478388f,
 };
 
 constexpr int64_t kAbsmaxBlock = 256;  // absmax values that share one absmax_scale

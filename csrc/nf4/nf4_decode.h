@@ -15,10 +15,16 @@ template <typename W>
 constexpr int kUnitVecs = kUnit / (kLanes * W::kPer);  // vectors of words that a unit gives
 
 #if defined(LK_ISA_AVX512BF16)
-inline __m512i iota16(int first, int step, int second) {  // first, second, first + step, second + step, ...: 32 indices
-  alignas(64) int16_t index[32];
-  for (int i = 0; i < 16; ++i) index[2 * i] = int16_t(first + step * i), index[2 * i + 1] = int16_t(second + step * i);
-  return _mm512_load_si512(index);
+// Words (a[i], b[i]) of two vectors of 32 halves each: i = 0..15, and i = 16..31.
+inline IVec interleave_low(__m512i a, __m512i b) {
+  alignas(64) static constexpr uint16_t index[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  return (IVec)_mm512_permutex2var_epi16(a, _mm512_load_si512(index), b);
+}
+inline IVec interleave_high(__m512i a, __m512i b) {
+  alignas(64) static constexpr uint16_t index[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                     24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  return (IVec)_mm512_permutex2var_epi16(a, _mm512_load_si512(index), b);
 }
 
 // Rounded to bf16 as a dequantised weight would be. The table holds the 16 codes twice, so bit 4 of an index is free.
@@ -27,8 +33,8 @@ inline void decode_unit(PairWords, IVec (&out)[2], const uint8_t* bytes, float a
   const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled);
   const __m512i b = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)bytes));
   const __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(b, 4), table), odd = _mm512_permutexvar_epi16(b, table);
-  out[0] = (IVec)_mm512_permutex2var_epi16(even, iota16(0, 1, 32), odd);
-  out[1] = (IVec)_mm512_permutex2var_epi16(even, iota16(16, 1, 48), odd);
+  out[0] = interleave_low(even, odd);
+  out[1] = interleave_high(even, odd);
 }
 #endif
 
@@ -93,7 +99,7 @@ struct Nf4Rows {
         for (int v = 0; v < kUnitVecs<W>; ++v) store_words(out + v * kLanes, unit[v]);
       }
     } else {
-      alignas(64) float run[2 * 128];
+      alignas(64) float run[2 * 256];
       decode_run(run, w, i, count);
       for (int64_t k = 0; k < count; k += kLanes * W::kPer, out += kLanes) store_words(out, W::along(run + k, count - k));
     }
@@ -137,8 +143,8 @@ struct Nf4Columns {
       store_words(out, first);
     } else {
 #if defined(LK_ISA_AVX512BF16)
-      store_words(out, (IVec)_mm512_permutex2var_epi16((__m512i)first, iota16(0, 1, 32), (__m512i)second));
-      store_words(out + kLanes, (IVec)_mm512_permutex2var_epi16((__m512i)first, iota16(16, 1, 48), (__m512i)second));
+      store_words(out, interleave_low((__m512i)first, (__m512i)second));
+      store_words(out + kLanes, interleave_high((__m512i)first, (__m512i)second));
 #endif
     }
   }

@@ -93,4 +93,5 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of linears and attention on x's device, or None outside autocast."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    on = device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to answer for meta
+    return torch.get_autocast_dtype(device) if on else None

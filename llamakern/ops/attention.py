@@ -66,6 +66,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:  # (B, H, T, D)
     """torch.nn.functional.scaled_dot_product_attention by `attention`: its signature, and causal aligned top-left (j <= t).
 
+    In a float mask torch.finfo(dtype).min counts as -inf, and a query that sees no key gives 0.
     Raises NotImplementedError for dropout and for a mask that needs a gradient, ValueError for shapes, for a mask beside
     is_causal and for grouped heads without enable_gqa, TypeError for dtypes.
     """
@@ -151,10 +152,10 @@ def attention_reference(
     q, k, v, *, mask=None, causal=True, scale=None, window=None, chunk=None,
     cu_seqlens_q=None, cu_seqlens_k=None, prompt_k=None, prompt_v=None, prompt_gate=None, return_lse=False,
 ):  # fmt: skip
-    """What the op means, in plain PyTorch."""
+    """What the op means, in plain PyTorch: matmuls in q's dtype, softmax in float32 at least."""
     B, T, H, D = q.shape
     S, group = k.shape[1], H // k.shape[2]
-    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     if cu_seqlens_q is not None:
         seen = torch.zeros(T, S, dtype=torch.bool, device=q.device)
         starts_k = (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).tolist()
@@ -167,19 +168,19 @@ def attention_reference(
     if mask is not None:
         seen = seen & mask
     scale = 1 / math.sqrt(D) if scale is None else scale
-    qh = q.transpose(1, 2).to(wide)  # (B, H, T, D)
-    kh, vh = (t.transpose(1, 2).repeat_interleave(group, 1).to(wide) for t in (k, v))
-    s = (qh @ kh.transpose(-1, -2)) * scale
+    qh = q.transpose(1, 2)  # (B, H, T, D)
+    kh, vh = (t.transpose(1, 2).repeat_interleave(group, 1) for t in (k, v))
+    s = (qh @ kh.transpose(-1, -2)).to(wide) * scale
     s = s.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(s, -1)  # (B, H, T)
     p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
-    y = p @ vh
+    y = p.to(q.dtype) @ vh
     if prompt_k is not None:
         pk, pv = (t if t.dim() == 4 else t[None] for t in (prompt_k, prompt_v))  # (B, P, Hkv, D)
-        pk, pv = (t.transpose(1, 2).repeat_interleave(group, 1).to(wide) for t in (pk, pv))
-        prompt = torch.softmax((qh @ pk.transpose(-1, -2)) * scale, -1) @ pv
-        y = y + prompt_gate.to(wide)[:, None, None] * prompt
-    y = y.to(q.dtype).transpose(1, 2)
+        pk, pv = (t.transpose(1, 2).repeat_interleave(group, 1) for t in (pk, pv))
+        prompt = torch.softmax((qh @ pk.transpose(-1, -2)).to(wide) * scale, -1).to(q.dtype) @ pv
+        y = y + prompt_gate.to(q.dtype)[:, None, None] * prompt
+    y = y.transpose(1, 2)
     return (y, lse) if return_lse else y
 
 

@@ -24,12 +24,11 @@ CODEBOOK = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-# A value takes the number of thresholds that it strictly exceeds. They are bitsandbytes' CUDA constants: in the last
-# digit some differ from the float32 midpoints.
+# A value takes the number of thresholds that it strictly exceeds. They are bitsandbytes' CUDA constants, each rounded from
+# its decimals straight to float32: four of them are one step away from the float32 midpoint of the two codes.
 THRESHOLDS = (
-    -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
-    -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
-    0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
+    -0.84809643, -0.610632896, -0.45999527, -0.33967942, -0.234607399, -0.137911737, -0.0455250181, 0.0397901498,
+    0.120255254, 0.203521252, 0.292013764, 0.389312536, 0.501663387, 0.64278692, 0.861478388,
 )  # fmt: skip
 ABSMAX_BLOCK = 256  # absmax values that share one absmax_scale
 

@@ -16,7 +16,6 @@ METHODS = {"lora": LoRAConfig, "qlora": LoRAConfig}
 def apply(model: nn.Module, config) -> nn.Module:
     """The model itself, with the method of `config` in it and everything else frozen."""
     config.apply(model)
-    model.peft_config = config
     return model
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from llamakern.nn import LoRALinear
+
 SKIPPED = ("lm_head",)  # the loss reads the head's weight itself, past its forward
 
 
@@ -24,8 +26,10 @@ def match(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear]:
     """The linears that `targets` name, by dotted name.
 
     A target is the last part of a dotted name ("q_proj") or a longer tail of it ("layers.0.self_attn.q_proj").
-    ValueError if one of them names nothing.
+    ValueError if one of them names nothing, or if the model carries LoRA already.
     """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("peft: model must carry no LoRA yet, got one that does; merge it first")
     found = linears(model)
     matches = {target: [name for name in found if f".{name}".endswith(f".{target}")] for target in targets}
     missing = [target for target, names in matches.items() if not names]

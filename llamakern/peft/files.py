@@ -78,7 +78,6 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(f"peft: {path / WEIGHTS} must be a whole safetensors file, got {error}") from None
     check_fit({name: list(t.shape) for name, t in saved.items()}, expected_shapes(model, config))
     config.apply(model)
-    model.peft_config = config
     with torch.no_grad():
         for name, tensor in lora_tensors(model).items():
             tensor.copy_(saved[name])
@@ -112,7 +111,7 @@ def read_prompt(path: str | Path) -> dict | None:
 
 
 def read_config(settings: dict) -> LoRAConfig:
-    """A LoRAConfig from PEFT's adapter_config.json. A setting that would change the result is an error, never ignored."""
+    """A LoRAConfig from PEFT's adapter_config.json. A setting that would change the result is never ignored."""
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"peft: peft_type must be LORA, got {settings.get('peft_type')!r}")
     for key, value in settings.items():

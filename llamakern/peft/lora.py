@@ -45,11 +45,10 @@ class LoRAConfig:
 
     def apply(self, model: nn.Module) -> None:
         """Freeze the base and put a LoRALinear around each target. Only A and B train."""
-        if any(isinstance(module, LoRALinear) for module in model.modules()):
-            raise ValueError("peft: model must carry no LoRA yet, got one that does; merge it first")
         make = partial(LoRALinear, rank=self.rank, scale=self.scale, dropout=self.dropout)
         wrapped = swap(model, self.targets, make)
         freeze(model)
         for linear in wrapped:
             linear.lora_a.requires_grad_(True)
             linear.lora_b.requires_grad_(True)
+        model.peft_config = self
