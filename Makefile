@@ -1,6 +1,58 @@
-# PYTHON=... uses the torch of that interpreter; without it everything lives in .venv.
-PYTHON ?= .venv/bin/python
+# One verb for each thing a person does here. PYTHON=... builds on that interpreter and uses the torch that it has, if any.
+PYTHON ?= python3
+VENV   := .venv/bin
+READY  := .venv/.ready
+ROOMS  := $(notdir $(patsubst %/,%,$(filter-out csrc/common/,$(wildcard csrc/*/))))
 
-.PHONY: build
-build:
-	$(PYTHON) setup.py build_ext --inplace
+.PHONY: env build demo test lint format bench sanitize profile clean
+.DEFAULT_GOAL := test
+
+env: $(READY) build
+
+# .venv holds what development needs; where PYTHON has a torch, its packages are seen through llamakern-host.pth.
+$(READY): requirements-dev.txt tools/preflight.py
+	$(PYTHON) tools/preflight.py
+	$(PYTHON) -m venv .venv
+	$(PYTHON) -c "import importlib.util as u, sysconfig as s; print(s.get_paths()['purelib'] if u.find_spec('torch') else '')" \
+	  > $$($(VENV)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/llamakern-host.pth
+	$(VENV)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+build: $(READY)
+	$(VENV)/python -m pip install -q --no-build-isolation --no-deps -e .
+
+demo: env
+	$(VENV)/python -m llamakern demo
+
+test: env
+	$(VENV)/pytest
+
+lint: $(READY)
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'bindings/*' | grep -E '\.(h|cpp)$$')
+
+format: $(READY)
+	$(VENV)/ruff check --fix -q .
+	$(VENV)/ruff format -q .
+	$(VENV)/clang-format -i $$(git ls-files 'csrc/*' 'bindings/*' | grep -E '\.(h|cpp)$$')
+
+# One table per room; results go to benchmarks/results/.
+bench: env
+	for room in $(ROOMS); do $(VENV)/python benchmarks/bench_$$room.py || exit 1; done
+
+# The room tests on a build with the address and undefined-behaviour sanitizers. SANITIZE_TESTS=tests/test_rope.py for a part.
+SANITIZE_TESTS ?= $(ROOMS:%=tests/test_%.py)
+sanitize: $(READY)
+	LLAMAKERN_SANITIZE=address,undefined LLAMAKERN_BUILD_NAME=cmake-sanitize \
+	  $(VENV)/python setup.py -q build --build-lib build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/sanitize $(VENV)/pytest -x -p no:cacheprovider $(SANITIZE_TESTS)
+
+# Where the cycles of one room's benchmark go: make profile OP=rope (needs perf).
+profile: env
+	perf record -g -o build/perf.data $(VENV)/python benchmarks/bench_$(OP).py
+	perf report -i build/perf.data --stdio | head -60
+
+clean:
+	rm -rf build .venv llamakern/*.so

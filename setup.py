@@ -1,4 +1,4 @@
-"""Builds llamakern's C++ through CMake. torch is found, never imported: only its headers and libtorch_cpu.so are needed."""
+"""Builds llamakern's C++ through CMake. torch is found, never imported: its headers and libtorch_cpu.so suffice."""
 
 import importlib.util
 import os
@@ -14,7 +14,10 @@ ROOT = Path(__file__).parent
 
 
 def find_torch() -> Path:
-    """torch's package folder: LLAMAKERN_TORCH_DIR, or an installed one. Under build isolation sysconfig still names the real environment."""
+    """torch's package folder: LLAMAKERN_TORCH_DIR, or an installed one.
+
+    Under pip's build isolation no torch can be imported, but sysconfig still names the real environment.
+    """
     spec = importlib.util.find_spec("torch")
     places = [os.environ.get("LLAMAKERN_TORCH_DIR"), *(spec.submodule_search_locations if spec else ())]
     places += [Path(sysconfig.get_paths()[key]) / "torch" for key in ("platlib", "purelib")]
@@ -47,4 +50,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", build, "--prefix", place], check=True)
 
 
-setup(ext_modules=[Extension("llamakern._C", []), Extension("llamakern.libllamakern_ops", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("llamakern._C", []), Extension("llamakern.libllamakern_ops", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)

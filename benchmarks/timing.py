@@ -14,7 +14,7 @@ from llamakern import _C
 
 
 def race(contestants, *, seconds=1.0, at_least=5):
-    """{name: fn} -> {name: median seconds}. The contestants take turns, so that a slow moment hits all of them alike."""
+    """{name: fn} -> {name: median seconds}. The contestants take turns, so that a slow moment hits all alike."""
     for fn in contestants.values():
         fn()
     times = {name: [] for name in contestants}
@@ -40,13 +40,14 @@ class Rotating:
 
 
 def relative_error(ours, truth):
-    """Largest difference, relative to the largest truth: printed beside every time, so that no wrong result looks fast."""
+    """Largest difference over the largest truth: printed beside every time, so that no wrong result looks fast."""
     return ((ours.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-30)).item()
 
 
 def machine():
     """What a number depends on."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "cpu": cpu, "cores": os.cpu_count(), "threads": _C.threads(), "isa": _C.isa(), "torch": torch.__version__,
         "python": platform.python_version(), "compiler": _C.compiler, "date": time.strftime("%Y-%m-%d"),
@@ -54,7 +55,7 @@ def machine():
 
 
 class Table:
-    """One line per shape: ours, the rivals, the ratios, GFLOP/s, GB/s. `--json FILE` keeps it for a later comparison."""
+    """One line per shape: ours, the rivals, the ratios, GFLOP/s, GB/s. `--json FILE` keeps it to compare later."""
 
     def __init__(self, title):
         parser = argparse.ArgumentParser(description=title)
@@ -79,9 +80,17 @@ class Table:
             line += f"  error {error:.1e}"
         print(line, flush=True)
         self.rows.append(
-            {"shape": shape, "ms": {k: v * 1e3 for k, v in times.items()}, "flops": flops, "bytes": bytes_moved, "error": error}
+            {
+                "shape": shape,
+                "ms": {k: v * 1e3 for k, v in times.items()},
+                "flops": flops,
+                "bytes": bytes_moved,
+                "error": error,
+            }
         )
 
     def done(self):
         if self.args.json:
-            self.args.json.write_text(json.dumps({"title": self.title, "machine": machine(), "rows": self.rows}, indent=1))
+            self.args.json.write_text(
+                json.dumps({"title": self.title, "machine": machine(), "rows": self.rows}, indent=1)
+            )

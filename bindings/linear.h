@@ -5,25 +5,18 @@
 
 namespace llamakern {
 
-// (..., K) seen as M rows; a 2-d tensor keeps its row stride.
-struct Rows {
-  Tensor t;
-  int64_t M, row;
-};
-
+// The rows of an activation, whose last size must be K.
 inline Rows rows_of(const char* op, const char* name, const char* letter, const Tensor& t, int64_t K) {
   check(t.dim() >= 1 && t.size(-1) == K, op, ": ", name, " must have shape (..., ", letter, ") with ", letter, " = ", K,
         ", got ", shape_text(t.sizes()));
-  if (t.dim() == 2 && (K <= 1 || t.stride(1) == 1)) return {t, t.size(0), t.stride(0)};
-  const Tensor whole = as_contiguous(t);
-  return {whole, K ? whole.numel() / K : 0, K};
+  return as_rows(t);
 }
 
 // (..., N) where x is (..., K)
 inline Tensor empty_rows(const Tensor& x, int64_t N, ScalarType dtype) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = N;
-  return empty(sizes.data(), sizes.size(), dtype, x);
+  return empty({sizes.data(), sizes.size()}, dtype, x);
 }
 
 // A parameter in x's dtype or in float32, or none: checked and contiguous.

@@ -63,7 +63,7 @@ Two lora_linear(const Tensor& base_, const Tensor& x_, const Tensor& w, const Te
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x_);
   const Tensor y = empty_rows(x_, N, x_.scalar_type()), h = empty({x.M, adapter.R}, ScalarType::Float, x_);
   dispatch_lora(op, "x", x_, adapter, [&]<typename T, typename P>() {
-    run(LoraLinear<T, P>{.y = ptr<T>(y), .h = ptr<float>(h), .base = cptr<T>(base), .x = cptr<T>(x.t), .x_row = x.row,
+    run(LoraLinear<T, P>{.y = ptr<T>(y), .h = ptr<float>(h), .base = cptr<T>(base), .x = cptr<T>(x.t), .x_row = x.stride,
                          .lora = adapter.get<P>(), .M = x.M, .N = N, .K = K});
   });
   return {y, h};
@@ -80,7 +80,7 @@ Two nf4_lora_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x_);
   const Tensor y = empty_rows(x_, N, x_.scalar_type()), h = empty({x.M, adapter.R}, ScalarType::Float, x_);
   dispatch_lora(op, "x", x_, adapter, [&]<typename T, typename P>() {
-    run(Nf4LoraLinear<T, P>{.y = ptr<T>(y), .h = ptr<float>(h), .x = cptr<T>(x.t), .x_row = x.row, .w = w.matrix,
+    run(Nf4LoraLinear<T, P>{.y = ptr<T>(y), .h = ptr<float>(h), .x = cptr<T>(x.t), .x_row = x.stride, .w = w.matrix,
                             .bias = either<T>(bias), .lora = adapter.get<P>(), .M = x.M});
   });
   return {y, h};
@@ -99,8 +99,8 @@ Three backward(const char* op, const Tensor& dy_, const Tensor& x_, const Tensor
   const Tensor da = empty({adapter.R, K}, adapter.a.scalar_type(), x_), db = empty({N, adapter.R}, adapter.b.scalar_type(), x_);
   dispatch_lora(op, "dy", dy_, adapter, [&]<typename T, typename P>() {
     go(want_dx ? ptr<T>(dx) : static_cast<T*>(nullptr),
-       AdapterBackward<T, P>{.da = ptr<P>(da), .db = ptr<P>(db), .dy = cptr<T>(dy.t), .dy_row = dy.row, .x = cptr<T>(x.t),
-                             .x_row = x.row, .h = cptr<float>(h), .lora = adapter.get<P>(), .M = x.M, .N = N, .K = K});
+       AdapterBackward<T, P>{.da = ptr<P>(da), .db = ptr<P>(db), .dy = cptr<T>(dy.t), .dy_row = dy.stride, .x = cptr<T>(x.t),
+                             .x_row = x.stride, .h = cptr<float>(h), .lora = adapter.get<P>(), .M = x.M, .N = N, .K = K});
   });
   return {dx, da, db};
 }

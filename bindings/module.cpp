@@ -22,7 +22,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "The instruction sets that this machine has and LLAMAKERN_ISA accepts.");
   m.def("use_isa", &use_isa, "Switch the CPU kernels to another instruction set of this machine.");
-  m.def("threads", [] { return omp_get_max_threads(); }, "Threads of the CPU kernels: torch.set_num_threads sets them.");
+  m.def(
+      "threads", [] { return omp_get_max_threads(); }, "Threads of the CPU kernels: torch.set_num_threads sets them.");
   m.attr("compiler") = std::string(__VERSION__);
   m.attr("cuda_built") = false;
 }

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> nf4_double_quantize(const Tensor& absmax_, const Tens
   const Tensor absmax = as_contiguous(absmax_);
   const int64_t n = absmax.numel();
   const std::vector<int64_t> sizes(absmax.sizes().begin(), absmax.sizes().end());
-  const Tensor codes = empty(sizes.data(), sizes.size(), ScalarType::Byte, absmax);
+  const Tensor codes = empty({sizes.data(), sizes.size()}, ScalarType::Byte, absmax);
   const Tensor scale = empty({ceil_div(n, kAbsmaxBlock)}, ScalarType::Float, absmax);
   run(Nf4DoubleQuantize{.codes = ptr<uint8_t>(codes), .scale = ptr<float>(scale), .absmax = cptr<float>(absmax),
                         .offset = cptr<float>(offset), .n = n});
@@ -56,7 +56,7 @@ Tensor nf4_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax, 
   const MaybeTensor bias = parameter(op, "bias", bias_, {N}, x_);
   const Tensor y = empty_rows(x_, N, x_.scalar_type());
   dispatch_float(op, "x", x_, [&]<typename T>() {
-    run(Nf4Linear<T>{.y = ptr<T>(y), .x = cptr<T>(x.t), .x_row = x.row, .w = w.matrix, .bias = either<T>(bias), .M = x.M});
+    run(Nf4Linear<T>{.y = ptr<T>(y), .x = cptr<T>(x.t), .x_row = x.stride, .w = w.matrix, .bias = either<T>(bias), .M = x.M});
   });
   return y;
 }
@@ -69,7 +69,7 @@ Tensor nf4_linear_backward(const Tensor& dy_, const Tensor& weight, const Tensor
   check_same_device(op, "weight", weight, "dy", dy_);
   const Tensor dx = empty_rows(dy_, K, dy_.scalar_type());
   dispatch_float(op, "dy", dy_, [&]<typename T>() {
-    run(Nf4LinearBackward<T>{.dx = ptr<T>(dx), .dy = cptr<T>(dy.t), .dy_row = dy.row, .w = w.matrix, .M = dy.M});
+    run(Nf4LinearBackward<T>{.dx = ptr<T>(dx), .dy = cptr<T>(dy.t), .dy_row = dy.stride, .w = w.matrix, .M = dy.M});
   });
   return dx;
 }

@@ -9,7 +9,7 @@ namespace {
 using Two = std::tuple<Tensor, Tensor>;
 
 struct Angles {
-  Tensor cos, sin;  // (S, D/2) or (B, T, D/2)
+  Tensor cos, sin;                  // (S, D/2) or (B, T, D/2)
   std::optional<Tensor> positions;  // (T,) or (B, T), int64, on the CPU checked to lie in the table
 };
 
@@ -23,7 +23,8 @@ Angles check_angles(const char* op, const Tensor& q, const Tensor& k, const Tens
   check_same_dtype(op, "k", k, "q", q);
   check_dtype(op, "cos", cos, ScalarType::Float);
   check_dtype(op, "sin", sin, ScalarType::Float);
-  check(cos.dim() == 2 || cos.dim() == 3, op, ": cos must have shape (S, D/2) or (B, T, D/2), got ", shape_text(cos.sizes()));
+  check(cos.dim() == 2 || cos.dim() == 3, op, ": cos must have shape (S, D/2) or (B, T, D/2), got ",
+        shape_text(cos.sizes()));
   if (cos.dim() == 3) {
     check_shape(op, "cos", cos, {B, T, D / 2});
     check_shape(op, "sin", sin, {B, T, D / 2});
@@ -57,11 +58,22 @@ Tensor turn(const char* op, const char* name, const Tensor& x_, const Angles& an
   const int64_t B = x.size(0), T_ = x.size(1), H = x.size(2), D = x.size(3);
   const Tensor y = empty({B, T_, H, D}, x.scalar_type(), x);
   dispatch_float(op, name, x, [&]<typename T>() {
-    run(Rope<T>{.y = ptr<T>(y), .x = cptr<T>(x), .x_batch = x.stride(0), .x_token = x.stride(1), .x_head = x.stride(2),
-                .cos = cptr<float>(angles.cos), .sin = cptr<float>(angles.sin),
-                .angle_batch = angles.cos.dim() == 3 ? T_ * D / 2 : 0, .positions = cptr<int64_t>(angles.positions),
-                .position_batch = angles.positions && angles.positions->dim() == 2 ? T_ : 0, .interleaved = interleaved,
-                .sign = sign, .B = B, .T_ = T_, .H = H, .D = D});
+    run(Rope<T>{.y = ptr<T>(y),
+                .x = cptr<T>(x),
+                .x_batch = x.stride(0),
+                .x_token = x.stride(1),
+                .x_head = x.stride(2),
+                .cos = cptr<float>(angles.cos),
+                .sin = cptr<float>(angles.sin),
+                .angle_batch = angles.cos.dim() == 3 ? T_ * D / 2 : 0,
+                .positions = cptr<int64_t>(angles.positions),
+                .position_batch = angles.positions && angles.positions->dim() == 2 ? T_ : 0,
+                .interleaved = interleaved,
+                .sign = sign,
+                .B = B,
+                .T_ = T_,
+                .H = H,
+                .D = D});
   });
   return y;
 }
@@ -72,8 +84,8 @@ Two rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
   return {turn("rope", "q", q, angles, interleaved, 1.0f), turn("rope", "k", k, angles, interleaved, 1.0f)};
 }
 
-Two rope_backward(const Tensor& dq, const Tensor& dk, const Tensor& cos, const Tensor& sin, std::optional<Tensor> positions,
-                  bool interleaved) {
+Two rope_backward(const Tensor& dq, const Tensor& dk, const Tensor& cos, const Tensor& sin,
+                  std::optional<Tensor> positions, bool interleaved) {
   const Angles angles = check_angles("rope_backward", dq, dk, cos, sin, positions);
   return {turn("rope_backward", "dq", dq, angles, interleaved, -1.0f),
           turn("rope_backward", "dk", dk, angles, interleaved, -1.0f)};
@@ -82,8 +94,11 @@ Two rope_backward(const Tensor& dq, const Tensor& dk, const Tensor& cos, const T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
-  define_op(m, "rope", "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> (Tensor, Tensor)");
-  m.def("rope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> (Tensor, Tensor)");
+  define_op(m, "rope",
+            "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> (Tensor, Tensor)");
+  m.def(
+      "rope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> (Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {

@@ -1,13 +1,14 @@
 // The guard at the door: every check that a tensor passes before csrc sees its pointer.
 //
-// Torch's stable ABI only, so that one build serves every torch from 2.10 on. Messages: "op: argument must ..., got ...".
-// A std::invalid_argument arrives in Python as ValueError, throw_type_error as TypeError.
+// Torch's stable ABI only, so that one build serves every torch from 2.10 on. Messages: "op: argument must ..., got
+// ...". A std::invalid_argument arrives in Python as ValueError, throw_type_error as TypeError.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -47,6 +48,12 @@ void check(bool holds, const char* op, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
+inline void check_sizes(const char* op, const char* name, const Tensor& t,
+                        torch::headeronly::IntHeaderOnlyArrayRef want) {
+  const bool same = t.dim() == int64_t(want.size()) && std::equal(want.begin(), want.end(), t.sizes().begin());
+  if (!same) check(false, op, ": ", name, " must have shape ", shape_text(want), ", got ", shape_text(t.sizes()));
+}
+
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want) {
   bool same = t.dim() == int64_t(want.size());
   for (size_t i = 0; same && i < want.size(); ++i) same = t.size(i) == *(want.begin() + i);
@@ -55,16 +62,19 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
   if (t.scalar_type() != want)
-    throw_type_error(std::string(op) + ": " + name + " must be " + dtype_name(want) + ", got " + dtype_name(t.scalar_type()));
+    throw_type_error(std::string(op) + ": " + name + " must be " + dtype_name(want) + ", got " +
+                     dtype_name(t.scalar_type()));
 }
 
-inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,
+                             const Tensor& like) {
   if (t.scalar_type() != like.scalar_type())
-    throw_type_error(std::string(op) + ": " + name + " must be " + dtype_name(like.scalar_type()) + " like " + like_name +
-                     ", got " + dtype_name(t.scalar_type()));
+    throw_type_error(std::string(op) + ": " + name + " must be " + dtype_name(like.scalar_type()) + " like " +
+                     like_name + ", got " + dtype_name(t.scalar_type()));
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* like_name,
+                              const Tensor& like) {
   if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index())
     check(false, op, ": ", name, " must be on the device of ", like_name, ", got another one");
 }
@@ -76,21 +86,36 @@ inline Tensor inner_contiguous(const Tensor& t) {
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-inline Tensor empty(const int64_t* sizes, size_t dim, ScalarType dtype, const Tensor& like) {
-  std::vector<int64_t> strides(dim);
-  int64_t step = 1;
-  for (size_t i = dim; i-- > 0; step *= sizes[i]) strides[i] = step;
+// (..., C) seen as M rows, `stride` elements apart; copied where no single stride reaches them all.
+struct Rows {
+  Tensor t;
+  int64_t M, stride;
+};
+
+inline Rows as_rows(const Tensor& t) {
+  int64_t M = 1, stride = 0, next = -1;  // next: the stride that the dimension further out must have
+  bool even = t.size(-1) <= 1 || t.stride(-1) == 1;
+  for (int64_t i = t.dim() - 2; i >= 0; --i) {
+    M *= t.size(i);
+    if (t.size(i) == 1) continue;
+    even = even && (next < 0 || t.stride(i) == next);
+    if (next < 0) stride = t.stride(i);
+    next = t.stride(i) * t.size(i);
+  }
+  return even ? Rows{t, M, stride} : Rows{torch::stable::contiguous(t), M, t.size(-1)};
+}
+
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
+  int64_t strides[64], step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= sizes[i]) strides[i] = step;
   int32_t device_type, device_index;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dim), sizes, strides.data(),
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                  device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
   return Tensor(handle);
-}
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  return empty(sizes.begin(), sizes.size(), dtype, like);
 }
 
 template <typename T>
@@ -113,7 +138,8 @@ void dispatch_float(const char* op, const char* name, const Tensor& t, Fn&& fn) 
     case ScalarType::Float: return fn.template operator()<float>();
     case ScalarType::BFloat16: return fn.template operator()<bfloat16>();
     default:
-      throw_type_error(std::string(op) + ": " + name + " must be float32 or bfloat16, got " + dtype_name(t.scalar_type()));
+      throw_type_error(std::string(op) + ": " + name + " must be float32 or bfloat16, got " +
+                       dtype_name(t.scalar_type()));
   }
 }
 
@@ -122,8 +148,8 @@ inline void define_op(torch::stable::detail::StableLibrary& m, const std::string
   m.def((name + schema).c_str());
   m.def(("_" + name + schema).c_str());
 }
-#define LK_IMPL(m, name, fn)           \
-  m.impl(name, TORCH_BOX(&fn));        \
+#define LK_IMPL(m, name, fn)    \
+  m.impl(name, TORCH_BOX(&fn)); \
   m.impl("_" name, TORCH_BOX(&fn))
 
 }  // namespace llamakern

@@ -1,3 +1,17 @@
-from llamakern import _library as _library  # registers torch.ops.llamakern.*
+"""LLaMA kernels and runtime: torch ops in `ops`, models, LoRA and QLoRA in `peft`, a trainer, generation.
+
+>>> model = llamakern.Llama.from_pretrained("path/to/llama", quantize="nf4")
+>>> llamakern.peft.apply(model, llamakern.peft.LoRAConfig(rank=16))
+"""
+
+from llamakern import _library as _library  # isort: skip  registers torch.ops.llamakern.*, before _C needs its library
 from llamakern import _C as _C
+from llamakern import nn as nn
 from llamakern import ops as ops
+from llamakern import peft as peft
+from llamakern.config import LlamaConfig as LlamaConfig
+from llamakern.generation import generate as generate
+from llamakern.model import Llama as Llama
+from llamakern.tokenizer import load_tokenizer as load_tokenizer
+from llamakern.train import TrainConfig as TrainConfig
+from llamakern.train import Trainer as Trainer

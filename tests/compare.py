@@ -9,7 +9,7 @@ import torch
 
 
 def assert_as_good_as(name, ours, eager, truth, floor=1e-6):
-    """ours and eager are results at one low precision, truth the same in float64. `floor` is relative to the largest truth."""
+    """ours and eager are results at one precision, truth the same in float64. `floor` is relative to the truth's largest."""
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(truth.shape)}"
     assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, want {eager.dtype}"
     assert torch.isfinite(ours).all(), f"{name}: has inf or nan"
@@ -23,9 +23,10 @@ def assert_as_good_as(name, ours, eager, truth, floor=1e-6):
 
 
 def uneven(like):
-    """An upstream gradient that differs in every element, sign included: a constant one hides transposed and dropped terms."""
+    """An upstream gradient that differs in every element: a constant one hides transposed and dropped terms."""
     n = like.numel()
-    wave = torch.cos(torch.arange(n, dtype=torch.float64) * 0.7) + torch.linspace(-1, 1, max(n, 1), dtype=torch.float64)[:n]
+    i = torch.arange(n, dtype=torch.float64)
+    wave = torch.cos(i * 0.7) + 2 * i / max(n, 1) - 1
     return wave.reshape(like.shape).to(like)
 
 
@@ -50,7 +51,7 @@ def outputs_and_gradients(fn, inputs, *, wide=False):
 
 
 def check_against_reference(op, reference, inputs, floor=1e-6):
-    """op and reference take `inputs`; op's outputs and gradients must be as good as the reference's at the same dtype."""
+    """op's outputs and gradients for `inputs` must be as good as the reference's at the same dtype."""
     ours = outputs_and_gradients(op, inputs)
     eager = outputs_and_gradients(reference, inputs)
     truth = outputs_and_gradients(reference, inputs, wide=True)
@@ -60,7 +61,7 @@ def check_against_reference(op, reference, inputs, floor=1e-6):
 
 def assert_same_bits(a, b, name=""):
     """Equal in every bit, -0.0 and 0.0 counted as different."""
-    assert a.dtype == b.dtype and a.shape == b.shape, f"{name}: {a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}"
+    assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{name}: {a.dtype} {a.shape} against {b.dtype} {b.shape}"
     assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), f"{name}: bits differ"
 
 

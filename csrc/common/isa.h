@@ -1,5 +1,6 @@
-// One source, several instruction sets: each *_cpu.cpp is compiled once per set, into a namespace of its own, and files its
-// kernels here. The best set is chosen when the first kernel runs; LLAMAKERN_ISA=avx2|avx512|avx512bf16|neon forces one.
+// One source, several instruction sets: each *_cpu.cpp is compiled once per set, into a namespace of its own, and files
+// its kernels here. The best set is chosen when the first kernel runs; the environment variable LLAMAKERN_ISA
+// (avx2, avx512, avx512bf16, neon) forces one.
 //
 // A params struct names its kernel: `run(params)` finds the function that was filed for that struct's type.
 #pragma once
@@ -13,7 +14,7 @@ enum class Isa { kAvx2, kAvx512, kAvx512Bf16, kNeon, kCount };
 #define LK_EXPORT __attribute__((visibility("default")))  // seen outside the op library: llamakern._C asks these
 LK_EXPORT const char* isa_name(Isa isa);
 LK_EXPORT bool isa_supported(Isa isa);  // by this machine
-LK_EXPORT Isa chosen_isa();             // throws std::invalid_argument if LLAMAKERN_ISA names a set that the machine lacks
+LK_EXPORT Isa chosen_isa();  // throws std::invalid_argument if LLAMAKERN_ISA names a set that the machine lacks
 LK_EXPORT void use_isa(const std::string& name);  // from now on; tests run every set in one process
 
 template <typename Params>
@@ -52,6 +53,5 @@ constexpr Isa kThisIsa = Isa::kNeon;
 #endif
 }  // namespace llamakern::LK_ISA
 // At the end of a *_cpu.cpp, inside its namespace: LK_KERNEL(Rope<float>, rope);
-#define LK_KERNEL(Params, kernel) \
-  static const ::llamakern::File<Params> LK_JOIN(filed_, __COUNTER__)(kThisIsa, &kernel)
+#define LK_KERNEL(Params, kernel) static const ::llamakern::File<Params> LK_JOIN(filed_, __COUNTER__)(kThisIsa, &kernel)
 #endif

@@ -1,7 +1,7 @@
 // The one way to use several cores. Compiled per instruction set, like everything that a kernel inlines.
 //
-// fn(task) runs once for each task in [0, tasks). Tasks are cut by shape, never by thread count, and write disjoint memory,
-// so 1, 2 and 7 threads give equal bits.
+// fn(task) runs once for each task in [0, tasks). Tasks are cut by shape, never by thread count, and write disjoint
+// memory, so 1, 2 and 7 threads give equal bits.
 #pragma once
 #include <omp.h>
 

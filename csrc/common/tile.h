@@ -2,8 +2,8 @@
 //
 //   C[row][lane] += Σ_w  A[w][lane] · B[row][w]           lanes: tokens or queries      rows: weights, keys or channels
 //
-// A word is one 32-bit slot of the reduction: two bf16 where the machine multiplies such pairs (PairWords), else one float
-// (FloatWords). Activations are packed once as lanes; rows are broadcast, so nothing that is decoded is ever transposed.
+// A word is one 32-bit slot of the reduction: two bf16 where the machine multiplies such pairs (PairWords), else one
+// float (FloatWords). Activations are packed once as lanes; rows are broadcast, so nothing decoded is ever transposed.
 #pragma once
 #include <type_traits>
 
@@ -34,6 +34,8 @@ struct FloatWords {
 };
 
 #if defined(LK_ISA_AVX512BF16)
+inline IVec lane_numbers() { return IVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
 // Two bf16 in each word, the earlier element in the low half. Products are exact, sums are float32.
 struct PairWords {
   static constexpr int kPer = 2;
@@ -46,10 +48,9 @@ struct PairWords {
     const Vec low = load(p, lanes_left(left)), high = left > 16 ? load(p + 16, lanes_left(left - 16)) : Vec{};
     return (IVec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   }
-  template <typename T>
-  static IVec across(const T* p, const T* next, int64_t left) {
+  static IVec across(const float* p, const float* next, int64_t left) {
     const int n = lanes_left(left);
-    return join(n ? load(p, n) : Vec{}, n && next ? load(next, n) : Vec{});
+    return join(load(p, n), next ? load(next, n) : Vec{});
   }
   static IVec across(const bfloat16* p, const bfloat16* next, int64_t left) {
     const __mmask16 there = first(lanes_left(left));
@@ -59,8 +60,9 @@ struct PairWords {
     return (IVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
   static IVec join(Vec k, Vec next) {
-    const __m512i low = _mm512_cvtepu16_epi32(narrow(k)), high = _mm512_cvtepu16_epi32(narrow(next));
-    return (IVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)k);  // k in the lower 16 places
+    const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(0x00100000), (__m512i)(lane_numbers() * 0x00010001));
+    return (IVec)_mm512_permutexvar_epi16(places, both);
   }
   static Vec dot(Vec acc, IVec a, IVec b) { return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 };
@@ -77,7 +79,7 @@ constexpr int kTileVecs = 2, kTileRows = 6;  // 16 registers
 #else
 constexpr int kTileVecs = 4, kTileRows = 6;  // 32 registers
 #endif
-constexpr int kStrip = kTileVecs * kLanes;   // lanes of a full tile: 64, 16 or 16
+constexpr int kStrip = kTileVecs * kLanes;  // lanes of a full tile: 64, 16 or 16
 
 // acc[row][v] += Σ_w A[w·lda + v·kLanes ...] · B[row·RS + w·KS]
 template <typename W, int MV, int NR, int RS, int KS>
@@ -168,8 +170,8 @@ inline void transpose(IVec (&r)[kLanes]) {
 #endif
 }
 
-// Lanes from rows that run along the reduction: out[w·lda + lane] = words of x[lane·ld ...]. Writes round_up(rows, kLanes)
-// lanes (the missing ones 0) and ceil(K / kPer) words.
+// Lanes from rows that run along the reduction: out[w·lda + lane] = words of x[lane·ld ...]. Writes round_up(rows,
+// kLanes) lanes (the missing ones 0) and ceil(K / kPer) words.
 template <typename W, typename T>
 void pack_lanes(uint32_t* out, int64_t lda, const T* x, int64_t ld, int64_t rows, int64_t K) {
   const int64_t words = ceil_div(K, W::kPer);
@@ -195,7 +197,8 @@ void pack_across(uint32_t* out, int64_t lda, const T* x, int64_t ld, int64_t lan
     }
 }
 
-// y[lane·ldy + row] = finish(row, C[row·ldc + lane]) for the lanes and rows that exist; finish works on kLanes rows at once.
+// y[lane·ldy + row] = finish(row, C[row·ldc + lane]) for the lanes and rows that exist; finish works on kLanes rows at
+// once.
 template <typename T, typename Finish>
 void unpack_lanes(T* y, int64_t ldy, const float* c, int64_t ldc, int64_t rows, int64_t lanes, const Finish& finish) {
   for (int64_t lane = 0; lane < lanes; lane += kLanes)

@@ -96,7 +96,9 @@ inline void store(bfloat16* p, Vec x, int n) {
 inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
 inline Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
-inline Vec round_nearest(Vec x) { return (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec round_nearest(Vec x) {
+  return (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline float sum(Vec x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -136,6 +138,24 @@ inline float sum(Vec x) { return vaddvq_f32((float32x4_t)x); }
 inline float max_of(Vec x) { return vmaxvq_f32((float32x4_t)x); }
 #endif
 
+// A row in vectors: fn(i, Whole{}) for each whole vector at i, then fn(i, n) for the n elements that are left.
+// load(p + i, n) and store(p + i, x, n) take either.
+struct Whole {};
+template <typename T>
+inline Vec load(const T* p, Whole) {
+  return load(p);
+}
+template <typename T>
+inline void store(T* p, Vec x, Whole) {
+  store(p, x);
+}
+template <typename Fn>
+inline __attribute__((always_inline)) void for_vectors(int64_t count, const Fn& fn) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) fn(i, Whole{});
+  if (i < count) fn(i, int(count - i));
+}
+
 // 2^r for |r| <= 1/2, by its Taylor series: the term left out is below 2e-7.
 inline Vec exp2_fraction(Vec r) {
   Vec p = broadcast(1.5403530e-4f);  // (ln 2)^6 / 6!
@@ -150,12 +170,17 @@ inline Vec exp2_fraction(Vec r) {
 // 2^n for a whole n in [-127, 128]: 0 at -127, infinity at 128.
 inline Vec exp2_whole(Vec n) { return bits_as_float((__builtin_convertvector(n, IVec) + 127) << 23); }
 
-// 2^t: below 2^-126 it is 0, from 2^127.5 on infinity; NaN stays NaN.
+// 2^t: below 2^-126 it may be 0, from 2^128 on it is infinity; NaN stays NaN.
 inline Vec exp2(Vec t) {
+#if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX512BF16)
+  const Vec r = (Vec)_mm512_reduce_ps((__m512)t, 0x08);  // t - round(t); 0 for infinities
+  return (Vec)_mm512_scalef_ps((__m512)exp2_fraction(r), (__m512)(t - r));
+#else
   const Vec c = min(max(t, broadcast(-127.0f)), broadcast(128.0f));
   const Vec n = round_nearest(c);
   const Vec y = exp2_fraction(c - n) * exp2_whole(n);
   return t == t ? y : t;
+#endif
 }
 
 // e^x, within 3 ulp for |x| <= 87; 0 far below, infinity far above, NaN stays NaN.

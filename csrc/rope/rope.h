@@ -20,16 +20,16 @@ LK_HD void rope_rotate(float& a, float& b, float cos, float sin) {
 
 template <typename T>
 struct Rope {
-  T* y;                                // [B, T, H, D]  out, contiguous
-  const T* x;                          // [B, T, H, D]  strides below, last dimension contiguous
-  int64_t x_batch, x_token, x_head;    // strides of x, in elements
-  const float* cos;                    // angles of token (b, t) at b·angle_batch + row·D/2, row = positions or t
+  T* y;                              // [B, T, H, D]  out, contiguous
+  const T* x;                        // [B, T, H, D]  strides below, last dimension contiguous
+  int64_t x_batch, x_token, x_head;  // strides of x, in elements
+  const float* cos;                  // angles of token (b, t) at b·angle_batch + row·D/2, row = positions or t
   const float* sin;
-  int64_t angle_batch;                 // 0 where all rows of the batch share one table
-  const int64_t* positions;            // null, or row numbers of the table at b·position_batch + t
+  int64_t angle_batch;       // 0 where all rows of the batch share one table
+  const int64_t* positions;  // null, or row numbers of the table at b·position_batch + t
   int64_t position_batch;
   bool interleaved;
-  float sign;                          // +1 forward, -1 backward
+  float sign;  // +1 forward, -1 backward
   int64_t B, T_, H, D;
 };
 

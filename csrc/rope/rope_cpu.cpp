@@ -6,7 +6,8 @@
 namespace llamakern::LK_ISA {
 
 template <typename T>
-static void turn(T* y, const T* x, const float* cos, const float* sin, float sign, int64_t half, int64_t to_b, int64_t step) {
+static void turn(T* y, const T* x, const float* cos, const float* sin, float sign, int64_t half, int64_t to_b,
+                 int64_t step) {
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
     float a = to_float(x[i * step]), b = to_float(x[i * step + to_b]);

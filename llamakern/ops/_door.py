@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def differentiable(name: str, *, fake: Callable, setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
+def differentiable(
+    name: str, *, fake: Callable, setup_context: Callable, backward: Callable
+) -> tuple[Callable, Callable]:
     """Gives the op its shapes and its gradient. Returns (raw op, the same op recording a gradient).
 
     fake(*args) returns empty outputs; setup_context(ctx, inputs, output) and backward(ctx, *grads) are those of
@@ -46,14 +48,18 @@ def differentiable(name: str, *, fake: Callable, setup_context: Callable, backwa
 
 
 def backward_op(name: str, *, fake: Callable) -> Callable:
-    """Gives a backward op its shapes. Where its own gradient would be recorded, taking that gradient raises RuntimeError."""
+    """Gives a backward op its shapes. Its own gradient cannot be taken."""
     torch.library.register_fake(f"llamakern::{name}")(fake)
-    raw = getattr(torch.ops.llamakern, name).default
+    return once(name, getattr(torch.ops.llamakern, name).default)
+
+
+def once(name: str, fn: Callable) -> Callable:
+    """fn, a step of a backward: where its own gradient would be recorded, taking that gradient raises RuntimeError."""
 
     class Once(torch.autograd.Function):
         @staticmethod
         def forward(*args):
-            return raw(*args)
+            return fn(*args)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -64,7 +70,7 @@ def backward_op(name: str, *, fake: Callable) -> Callable:
             raise RuntimeError(f"{name}: double backward is not supported")
 
     def call(*args):
-        return (Once.apply if wants_grad(*(a for a in args if isinstance(a, Tensor))) else raw)(*args)
+        return (Once.apply if wants_grad(*(a for a in args if isinstance(a, Tensor))) else fn)(*args)
 
     return call
 

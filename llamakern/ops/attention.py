@@ -10,6 +10,129 @@ import math
 import torch
 from torch import Tensor
 
+from llamakern.ops._door import autocast_dtype, backward_op, differentiable, plain_op, wants_grad
+
+
+def attention(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, S, Hkv, D)
+    v: Tensor,  # (B, S, Hkv, D)
+    *,
+    mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, S), True = attend
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    cu_seqlens_q: Tensor | None = None,  # (n+1,) int32
+    cu_seqlens_k: Tensor | None = None,  # (n+1,) int32
+    prompt_k: Tensor | None = None,  # (P, Hkv, D) or (B, P, Hkv, D)
+    prompt_v: Tensor | None = None,
+    prompt_gate: Tensor | None = None,  # (H,)
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # (B, T, H, D), or that and lse (B, H, T) float32
+    """softmax(scale·q kᵀ) v for each head, by the online softmax of FlashAttention (arXiv 2205.14135, algorithm 1).
+
+    Query t stands at position i = S - T + t and key j at j; scale is 1/sqrt(D) by default. A query sees key j where
+        causal:   j <= i
+        window:   i - window < j (and j < i + window where not causal)
+        chunk:    floor(i / chunk) = floor(j / chunk)
+        mask:     mask[..., t, j]
+    A query that sees no key gives 0, lse -inf and gradient 0. cu_seqlens: B = 1 and n sequences lie one after the other,
+    the first from token 0 to cu_seqlens[1]; each sees only itself, and its positions begin at its own start. Head_dim is at
+    most 256; query head h reads key/value head h // (H / Hkv). Gradients flow to q, k and v, from y and lse, and have equal
+    bits in every run. float32 and bfloat16; sums are float32. Under autocast q, k and v take its dtype. Raises ValueError
+    for shapes and values, TypeError for dtypes.
+    """
+    if not prompt_k is prompt_v is prompt_gate is None:
+        raise NotImplementedError("attention: prompt_k is not built yet")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"attention: mask must be bool, got {str(mask.dtype).removeprefix('torch.')}")
+    q, k, v = _autocast(q, k, v)
+    call = _recorded if wants_grad(q, k, v) else _raw
+    y, lse = call(q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, False)
+    return (y, lse) if return_lse else y
+
+
+def scaled_dot_product_attention(
+    query: Tensor,  # (B, H, T, D)
+    key: Tensor,  # (B, H or Hkv, S, D)
+    value: Tensor,
+    attn_mask: Tensor | None = None,  # bool, True = attend, or float, added to the scores; broadcastable to (B, H, T, S)
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:  # (B, H, T, D)
+    """torch.nn.functional.scaled_dot_product_attention by `attention`: its signature, and causal aligned top-left (j <= t).
+
+    In a float mask torch.finfo(dtype).min counts as -inf, and a query that sees no key gives 0.
+    Raises NotImplementedError for dropout and for a mask that needs a gradient, ValueError for shapes, for a mask beside
+    is_causal and for grouped heads without enable_gqa, TypeError for dtypes.
+    """
+    op = "scaled_dot_product_attention"
+    if dropout_p > 0:
+        raise NotImplementedError(f"{op}: dropout_p must be 0, got {dropout_p}")
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError(f"{op}: attn_mask must be None where is_causal is True")
+        if wants_grad(attn_mask):
+            raise NotImplementedError(f"{op}: attn_mask must not require a gradient")
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        raise ValueError(f"{op}: query, key and value must have shape (B, H, T, D), got {query.dim()} dimensions")
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(f"{op}: key must have query's {query.shape[1]} heads without enable_gqa, got {key.shape[1]}")
+    q, k, v = _autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    call = _recorded if wants_grad(q, k, v) else _raw
+    return call(q, k, v, attn_mask, is_causal, scale, None, None, None, None, True)[0].transpose(1, 2)
+
+
+def attention_decode(
+    q: Tensor,  # (B, T, H, D)
+    k_cache: Tensor,  # (B, S, Hkv, D), or (blocks, block, Hkv, D) with a block_table
+    v_cache: Tensor,  # like k_cache
+    *,
+    lengths: Tensor,  # (B,) int32
+    block_table: Tensor | None = None,  # (B, max_blocks) int32
+    window: int | None = None,
+    chunk: int | None = None,
+    scale: float | None = None,
+) -> Tensor:  # (B, T, H, D)
+    """Causal attention of the T newest tokens over a cache: row b sees its first lengths[b] keys, the T new ones included.
+
+    Query t of row b stands at position lengths[b] - T + t. With a block_table key j of row b is row j % block of cache block
+    block_table[b, j // block]. window, chunk and scale as in `attention`. There is no gradient. Raises ValueError for
+    shapes, lengths beyond the cache and blocks that do not exist, TypeError for dtypes, RuntimeError where a gradient is
+    wanted.
+    """
+    if wants_grad(q, k_cache, v_cache):
+        raise RuntimeError("attention_decode: has no gradient; use torch.no_grad(), or attention")
+    return _decode(q, k_cache, v_cache, lengths, block_table, window, chunk, scale)
+
+
+def cache_append_(
+    k_cache: Tensor,  # (B, S, Hkv, D), or (blocks, block, Hkv, D) with a block_table
+    v_cache: Tensor,  # like k_cache
+    k: Tensor,  # (B, T, Hkv, D)
+    v: Tensor,  # (B, T, Hkv, D)
+    lengths: Tensor,  # (B,) int32
+    *,
+    block_table: Tensor | None = None,  # (B, max_blocks) int32
+) -> None:
+    """Writes T new keys and values of row b to positions lengths[b] - T to lengths[b] - 1: call it before attention_decode.
+
+    Raises ValueError for shapes, lengths that the cache cannot hold and blocks that do not exist, TypeError for dtypes,
+    RuntimeError where a gradient is wanted.
+    """
+    if wants_grad(k_cache, v_cache, k, v):
+        raise RuntimeError("cache_append_: has no gradient; use torch.no_grad()")
+    _append(k_cache, v_cache, k, v, lengths, block_table)
+
+
+def _autocast(q, k, v):
+    dtype = autocast_dtype(q)
+    return (q, k, v) if dtype is None else (q.to(dtype), k.to(dtype), v.to(dtype))
+
 
 def visible(T, S, *, causal, window=None, chunk=None, device=None):
     """Which keys each query may see, (T, S) bool: causal is bottom-right aligned, so query t stands at S - T + t."""
@@ -29,10 +152,10 @@ def attention_reference(
     q, k, v, *, mask=None, causal=True, scale=None, window=None, chunk=None,
     cu_seqlens_q=None, cu_seqlens_k=None, prompt_k=None, prompt_v=None, prompt_gate=None, return_lse=False,
 ):  # fmt: skip
-    """What the op means, in plain PyTorch."""
+    """What the op means, in plain PyTorch: matmuls in q's dtype, softmax in float32 at least."""
     B, T, H, D = q.shape
     S, group = k.shape[1], H // k.shape[2]
-    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     if cu_seqlens_q is not None:
         seen = torch.zeros(T, S, dtype=torch.bool, device=q.device)
         starts_k = (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).tolist()
@@ -45,19 +168,19 @@ def attention_reference(
     if mask is not None:
         seen = seen & mask
     scale = 1 / math.sqrt(D) if scale is None else scale
-    qh = q.transpose(1, 2).to(wide)  # (B, H, T, D)
-    kh, vh = (t.transpose(1, 2).repeat_interleave(group, 1).to(wide) for t in (k, v))
-    s = (qh @ kh.transpose(-1, -2)) * scale
+    qh = q.transpose(1, 2)  # (B, H, T, D)
+    kh, vh = (t.transpose(1, 2).repeat_interleave(group, 1) for t in (k, v))
+    s = (qh @ kh.transpose(-1, -2)).to(wide) * scale
     s = s.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(s, -1)  # (B, H, T)
     p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
-    y = p @ vh
+    y = p.to(q.dtype) @ vh
     if prompt_k is not None:
         pk, pv = (t if t.dim() == 4 else t[None] for t in (prompt_k, prompt_v))  # (B, P, Hkv, D)
-        pk, pv = (t.transpose(1, 2).repeat_interleave(group, 1).to(wide) for t in (pk, pv))
-        prompt = torch.softmax((qh @ pk.transpose(-1, -2)) * scale, -1) @ pv
-        y = y + prompt_gate.to(wide)[:, None, None] * prompt
-    y = y.to(q.dtype).transpose(1, 2)
+        pk, pv = (t.transpose(1, 2).repeat_interleave(group, 1) for t in (pk, pv))
+        prompt = torch.softmax((qh @ pk.transpose(-1, -2)).to(wide) * scale, -1).to(q.dtype) @ pv
+        y = y + prompt_gate.to(q.dtype)[:, None, None] * prompt
+    y = y.transpose(1, 2)
     return (y, lse) if return_lse else y
 
 
@@ -77,3 +200,46 @@ def cache_append_reference_(k_cache, v_cache, k, v, lengths):
     T = k.shape[1]
     for b, n in enumerate(lengths.tolist()):
         k_cache[b, n - T : n], v_cache[b, n - T : n] = k[b], v[b]
+
+
+def scaled_dot_product_attention_reference(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
+):
+    """torch's own."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+# ------------------------------------------------------------------------------------------- torch.compile and autograd
+
+
+def _fake(q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, top_left):
+    B, T, H, _D = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+def _fake_backward(dy, dlse, q, k, v, y, lse, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_attention_backward = backward_op("attention_backward", fake=_fake_backward)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, mask, *ctx.rule, cu_seqlens_q, cu_seqlens_k, ctx.top_left = inputs
+    ctx.save_for_backward(q, k, v, *output, mask, cu_seqlens_q, cu_seqlens_k)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dlse):
+    q, k, v, y, lse, mask, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(y)
+    grads = _attention_backward(dy, dlse, q, k, v, y, lse, mask, *ctx.rule, cu_seqlens_q, cu_seqlens_k, ctx.top_left)
+    return *grads, None, None, None, None, None, None, None, None
+
+
+_raw, _recorded = differentiable("attention", fake=_fake, setup_context=_setup_context, backward=_backward)
+_decode = plain_op("attention_decode", fake=lambda q, *_: q.new_empty(q.shape))
+_append = plain_op("cache_append_", fake=lambda *_: None)

@@ -186,9 +186,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _dh):
-    x = ctx.saved_tensors[0]
+    saved = x, *_ = ctx.saved_tensors  # read once: activation checkpointing allows no more
     want_dx = ctx.needs_input_grad[1]
-    dx, da, db = _lora_linear_backward(dy, *ctx.saved_tensors, *ctx.knobs, want_dx)
+    dx, da, db = _lora_linear_backward(dy, *saved, *ctx.knobs, want_dx)
     # torch's own matmul here too, as for the base of the forward.
     dw = dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[2] else None
     return dy, dx if want_dx else None, dw, da, db, None, None, None

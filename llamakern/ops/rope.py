@@ -29,8 +29,9 @@ def rope(
 
     cos and sin are a table of S positions, whose rows `positions` picks (rows 0 to T-1 without it), or hold a row for
     each token. Gradients flow to q and k; the backward is the same turn the other way. float32 and bfloat16; the turn
-    itself is done in float32. Raises ValueError for shapes, positions outside the table and an unknown layout, TypeError
-    for dtypes.
+    itself is done in float32.
+
+    Raises ValueError for shapes, positions outside the table and an unknown layout, TypeError for dtypes.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"rope: layout must be one of {LAYOUTS}, got {layout!r}")

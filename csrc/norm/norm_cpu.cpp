@@ -1,0 +1,117 @@
+// RMSNorm on the CPU: a row is read from memory once and stays in the cache for its second loop.
+#include "norm.h"
+
+#include "../common/parallel.h"
+#include "../common/scratch.h"
+#include "../common/vec.h"
+
+namespace llamakern::LK_ISA {
+
+// 1 / sqrt(mean(s²) + eps). Where Σ s² overflows, eps counts for nothing and s is measured in units of 2^80.
+template <typename T>
+static float inverse_rms(const T* s, float sum_of_squares, float eps, int64_t C) {
+  if (sum_of_squares < INFINITY) return 1.0f / std::sqrt(sum_of_squares / float(C) + eps);
+  constexpr float kUnit = 0x1p-80f;
+  Vec squares{};
+  for_vectors(C, [&](int64_t c, auto n) {
+    const Vec v = load(s + c, n) * kUnit;
+    squares = fma(v, v, squares);
+  });
+  return kUnit / std::sqrt(sum(squares) / float(C));
+}
+
+template <typename T, typename W>
+static void norm_row(const RmsNorm<T, W>& p, int64_t m) {
+  const T* s = p.x + m * p.x_row;
+  Vec squares{};
+  if (p.residual) {
+    const T *x = s, *residual = p.residual + m * p.residual_row;
+    T* sum_out = p.s + m * p.C;
+    for_vectors(p.C, [&](int64_t c, auto n) {
+      store(sum_out + c, load(x + c, n) + load(residual + c, n), n);
+      const Vec v = load(sum_out + c, n);  // as it was rounded: the backward sees only this
+      squares = fma(v, v, squares);
+    });
+    s = sum_out;
+  } else {
+    for_vectors(p.C, [&](int64_t c, auto n) {
+      const Vec v = load(s + c, n);
+      squares = fma(v, v, squares);
+    });
+  }
+  const Vec r = broadcast(inverse_rms(s, sum(squares), p.eps, p.C));
+  T* y = p.y + m * p.C;
+  const W* weight = p.weight;
+  for_vectors(p.C, [=](int64_t c, auto n) {
+    const Vec normed = load(s + c, n) * r;
+    store(y + c, weight ? normed * load(weight + c, n) : normed, n);
+  });
+}
+
+template <typename T, typename W>
+static void rms_norm(const RmsNorm<T, W>& p) {
+  const int64_t rows_per_task = max64(1, 16384 / max64(1, p.C));
+  parallel_ranges(p.M, rows_per_task, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) norm_row(p, m);
+  });
+}
+
+// dx of row m; its share of dweight is added to dweight[C], if there is one.
+template <typename T, typename W>
+static void norm_row_backward(const RmsNormBackward<T, W>& p, int64_t m, float* dweight) {
+  const T *s = p.s + m * p.s_row, *dy = p.dy + m * p.dy_row, *ds = p.ds ? p.ds + m * p.ds_row : nullptr;
+  const W* weight = p.weight;
+  Vec squares{}, products{};
+  for_vectors(p.C, [&](int64_t c, auto n) {
+    const Vec v = load(s + c, n);
+    const Vec d = load(dy + c, n), g = weight ? d * load(weight + c, n) : d;
+    squares = fma(v, v, squares);
+    products = fma(g, v, products);
+  });
+  const float r1 = inverse_rms(s, sum(squares), p.eps, p.C);
+  const Vec r = broadcast(r1), along = broadcast(sum(products) / float(p.C) * r1);  // mean(g·s)·r
+  T* dx = p.dx + m * p.C;
+  for_vectors(p.C, [=](int64_t c, auto n) {
+    const Vec normed = load(s + c, n) * r, d = load(dy + c, n), g = weight ? d * load(weight + c, n) : d;
+    const Vec through = (g - normed * along) * r;
+    store(dx + c, ds ? through + load(ds + c, n) : through, n);
+    if (dweight) store(dweight + c, fma(d, normed, load(dweight + c, n)), n);
+  });
+}
+
+template <typename T, typename W>
+static void rms_norm_backward(const RmsNormBackward<T, W>& p) {
+  // At most 128 tasks of at least 32 rows: each has a dweight of its own, and these are summed in order.
+  const int64_t rows_per_task = max64(p.dweight ? 32 : 1, ceil_div(p.M, 128)), tasks = ceil_div(p.M, rows_per_task);
+  Scratch<float> parts(p.dweight ? tasks * p.C : 0);
+  parallel_for(tasks, [&](int64_t task) {
+    float* part = p.dweight ? parts.get() + task * p.C : nullptr;
+    if (part) memset(part, 0, size_t(p.C) * sizeof(float));
+    const int64_t end = min64(p.M, (task + 1) * rows_per_task);
+    for (int64_t m = task * rows_per_task; m < end; ++m) norm_row_backward(p, m, part);
+  });
+  if (!p.dweight) return;
+  parallel_ranges(p.C, max64(256, 65536 / max64(1, tasks)), [&](int64_t begin, int64_t end) {
+    for_vectors(end - begin, [&](int64_t i, auto n) {
+      Vec total{};
+      for (int64_t task = 0; task < tasks; ++task) total += load(parts.get() + task * p.C + begin + i, n);
+      store(p.dweight + begin + i, total, n);
+    });
+  });
+}
+
+using Float = RmsNorm<float, float>;
+using Bfloat16 = RmsNorm<bfloat16, bfloat16>;
+using Bfloat16Wide = RmsNorm<bfloat16, float>;
+LK_KERNEL(Float, rms_norm);
+LK_KERNEL(Bfloat16, rms_norm);
+LK_KERNEL(Bfloat16Wide, rms_norm);
+
+using FloatBackward = RmsNormBackward<float, float>;
+using Bfloat16Backward = RmsNormBackward<bfloat16, bfloat16>;
+using Bfloat16WideBackward = RmsNormBackward<bfloat16, float>;
+LK_KERNEL(FloatBackward, rms_norm_backward);
+LK_KERNEL(Bfloat16Backward, rms_norm_backward);
+LK_KERNEL(Bfloat16WideBackward, rms_norm_backward);
+
+}  // namespace llamakern::LK_ISA

@@ -1,0 +1,179 @@
+"""The fine-tuning job: from settings to an adapter on disk, or with `dry_run` to a report of what would happen."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from llamakern import peft
+from llamakern.data import PLAIN, Example, PromptTemplate, check_examples, drop_masked, load_examples, split
+from llamakern.estimate import estimate
+from llamakern.files import sha256, write_json
+from llamakern.model import Llama
+from llamakern.peft.lora import ALL_LINEARS
+from llamakern.runs import environment
+from llamakern.tokenizer import Tokenizer, load_tokenizer
+from llamakern.train import TrainConfig, Trainer
+
+TEMPLATES = {"alpaca": PromptTemplate(), "plain": PLAIN}
+
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """Settings of `llamakern finetune`: those of the loop and these. They are the keys of its YAML file."""
+
+    base: str = ""  # folder of the model
+    data: str = ""  # .json or .jsonl
+    out: str = "runs/finetune"
+    method: str = "lora"  # lora, qlora
+    tokenizer: str | None = None  # file or folder; by default the base's
+    fields: dict[str, str] = field(default_factory=dict)  # our name: the file's
+    template: str = "alpaca"  # alpaca, plain
+    eval_fraction: float = 0.05  # of the records, held out
+    drop_masked: bool = False  # leave out examples whose answer lies wholly beyond max_len
+    dtype: str | None = None  # of the dense weights: float32, bfloat16; by default as stored
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ALL_LINEARS
+    rslora: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("base", "data"):
+            if not getattr(self, name):
+                raise ValueError(f"finetune: {name} must be given, as {name}=... or --{name} ...")
+        for name, choices in (("method", peft.METHODS), ("template", TEMPLATES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"finetune: {name} must be one of {list(choices)}, got {getattr(self, name)!r}")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"finetune: dtype must be float32 or bfloat16, got {self.dtype!r}")
+        self.peft_config()
+
+    def peft_config(self) -> peft.LoRAConfig:
+        return peft.LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.rslora)
+
+    def train_config(self) -> TrainConfig:
+        return TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
+
+
+def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
+    """Train an adapter into config.out/adapter; continue the run that stands there. Returns the figures of run.json."""
+    out = Path(config.out)
+    tokenizer = load_tokenizer(source_path(config.tokenizer or config.base))
+    trainer = prepare(config, tokenizer, read(config, tokenizer), out=out, quiet=quiet)
+    run = {
+        "settings": dataclasses.asdict(config),
+        "environment": environment(),
+        "hashes": {"base": sha256(source_path(config.base)), "data": sha256(config.data)},
+    }
+    write_json(out / "run.json", run)
+    run["result"] = trainer.train()
+    prompt = {"template": TEMPLATES[config.template].to_dict(), "end_token": tokenizer.eos_id}
+    peft.save(trainer.model, out / "adapter", base=config.base, prompt=prompt)
+    run["hashes"]["adapter"] = sha256(out / "adapter" / "adapter_model.safetensors")
+    write_json(out / "run.json", run)
+    return run
+
+
+def reproduce(file: str | Path) -> dict:
+    """Run the settings of a run.json again, in a folder beside its own. ValueError unless all hashes are the same."""
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"finetune: reproduce must name a run.json, got {file}")
+    run = json.loads(file.read_text(encoding="utf-8"))
+    if "adapter" not in run.get("hashes", {}):
+        raise ValueError(f"finetune: {file} must be of a run that ended, got one without an adapter")
+    config = FinetuneConfig(**run["settings"])
+    config.out = str(file.parent.with_name(file.parent.name + "-reproduced"))
+    again = finetune(config)
+    changed = [name for name, value in run["hashes"].items() if again["hashes"][name] != value]
+    if changed:
+        raise ValueError(f"finetune: hashes must equal those of {file}, got another {' and another '.join(changed)}")
+    return again
+
+
+def prepare(config: FinetuneConfig, tokenizer: Tokenizer, records: list, *, out: Path | None, quiet: bool) -> Trainer:
+    """Model with method, data and trainer, ready to go."""
+    records = drop_masked(records) if config.drop_masked else records
+    train, held_out = split(records, config.eval_fraction, config.seed)
+    check_examples(train + held_out)
+    quantize = "nf4" if config.method == "qlora" else None
+    model = Llama.from_pretrained(config.base, quantize=quantize, dtype=config.dtype and getattr(torch, config.dtype))
+    torch.manual_seed(config.seed)
+    peft.apply(model, config.peft_config())
+    knobs = {"pad_id": tokenizer.pad_id, "label": config.method, "quiet": quiet}
+    return Trainer(model, train, config.train_config(), held_out=held_out, out=out, **knobs)
+
+
+def read(config: FinetuneConfig, tokenizer: Tokenizer) -> list[list[Example]]:
+    return load_examples(
+        config.data, tokenizer, max_len=config.max_len, template=TEMPLATES[config.template], fields=config.fields
+    )
+
+
+def source_path(name: str) -> Path:
+    """The folder of a model given by path, or by its name in the local Hugging Face cache."""
+    from llamakern.checkpoint_hf import cached_snapshot
+
+    return Path(name) if Path(name).exists() else cached_snapshot(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dry run
+
+
+def dry_run(config: FinetuneConfig) -> None:
+    """Print what a run would do; train and write nothing. ValueError if an example has nothing left to train on."""
+    tokenizer = load_tokenizer(source_path(config.tokenizer or config.base))
+    records = read(config, tokenizer)
+    examples = [example for record in records for example in record]
+    print("One example; [[ ]] marks what trains:", "", marked(examples[0], tokenizer), "", sep="\n")
+    print("Tokens per example:", *histogram([len(example.tokens) for example in examples]), "", sep="\n")
+    truncated, masked = (sum(flags) for flags in zip(*((e.truncated, e.masked) for e in examples), strict=True))
+    print(
+        f"{len(examples)} examples, {truncated} truncated to {config.max_len} tokens, {masked} fully masked"
+        + (" and left out" if masked and config.drop_masked else "")
+    )
+    trainer = prepare(config, tokenizer, records, out=None, quiet=True)
+    print(f"{peft.count_trainable(trainer.model):,} trainable parameters in {len(trainer.trainable)} tensors")
+    cost = estimate(trainer)
+    print("\nMemory:")
+    for name, size in cost.parts.items():
+        print(f"  {name:<20}{size / 2**20:>12,.1f} MB")
+    print(f"  {'together':<20}{cost.total / 2**20:>12,.1f} MB of {cost.available / 2**20:,.0f} MB free")
+    print(f"  largest batch_size that fits: about {cost.largest_batch}")
+    print(f"\n{cost.total_steps} steps of {cost.seconds_per_step:.2f} s: {duration(cost.hours)}")
+
+
+def marked(example: Example, tokenizer: Tokenizer) -> str:
+    """The example's text with its trained stretches in [[ ]] and its marks by name."""
+    marks = {tokenizer.bos_id: "<begin>", tokenizer.eos_id: "<end>"}
+    stretches, start = [], 0
+    for i in range(1, len(example.tokens) + 1):
+        if i == len(example.tokens) or example.trained[i] != example.trained[start]:
+            ids = example.tokens[start:i]
+            head, tail = ids[0] in marks, ids[-1] in marks and len(ids) > 1
+            text = marks.get(ids[0], "") + tokenizer.decode(ids[head : len(ids) - tail])
+            text += marks[ids[-1]] if tail else ""
+            stretches.append(f"[[{text}]]" if example.trained[start] else text)
+            start = i
+    return "".join(stretches)
+
+
+def histogram(lengths: list[int], rows: int = 8, width: int = 40) -> list[str]:
+    step = -(-max(lengths) // rows)
+    counts = [sum(low < n <= low + step for n in lengths) for low in range(0, max(lengths), step)]
+    scale = width / max(counts)
+    return [
+        f"  {i * step + 1:>6} to {(i + 1) * step:<6} {'#' * round(n * scale):<{width}} {n}"
+        for i, n in enumerate(counts)
+    ]
+
+
+def duration(hours: float) -> str:
+    if hours >= 1:
+        return f"about {hours:.1f} hours"
+    return f"about {hours * 60:.0f} minutes" if hours >= 1 / 60 else f"about {hours * 3600:.0f} seconds"

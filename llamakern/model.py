@@ -1,0 +1,257 @@
+"""LLaMA 1 to 3.3: pre-norm blocks of grouped-query attention and SwiGLU (arXiv 2302.13971, 2407.21783).
+
+Module names follow Hugging Face, without its prefix `model.`. Two sockets take other modules:
+
+    linear   (x) -> y                        any projection; LoRA and NF4 plug in here
+    attend   (q, k, v, x, ctx) -> y          all between the projections and o_proj, the cache included
+
+Shapes: B batch, T query tokens, S key tokens, H query heads, Hkv key/value heads, D head_dim, C model width,
+V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llamakern import ops
+from llamakern.config import LlamaConfig
+from llamakern.nn import RMSNorm
+from llamakern.rotary import cos_sin
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated.
+
+    k, v: one tensor (B, S, Hkv, D) per layer. lengths: int32 (B,), how many keys of each row are valid; while the
+    layers run, the tokens that they are given count too.
+    """
+
+    def __init__(self, n_layers: int, batch: int, max_len: int, n_kv_heads: int, head_dim: int, *, dtype, device):
+        shape = (batch, max_len, n_kv_heads, head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.used = 0  # no row is longer: known to the host without asking the device
+
+    def grow(self, T: int) -> None:
+        """Counts T new tokens in every row; the layers then write them."""
+        max_len = self.k[0].shape[1]
+        if self.used + T > max_len:
+            raise ValueError(f"cache: max_len must be at least {self.used + T}, got {max_len}")
+        self.lengths += T
+        self.used += T
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Writes the new tokens' k, v (B, T, Hkv, D) behind the older ones of this layer."""
+        ops.cache_append_(self.k[layer], self.v[layer], k, v, self.lengths)
+
+
+class AttendContext(NamedTuple):
+    """What an attend module may need beside q, k, v and x."""
+
+    cache: KVCache | None = None
+    positions: Tensor | None = None  # (T,) or (B, T)
+    cu_seqlens: Tensor | None = None  # int32 (n + 1,): sequences packed into one row
+    mask: Tensor | None = None  # bool, broadcastable to (B, H, T, S), True = attend
+    cos: Tensor | None = None  # float32 (T, D/2) or (B, T, D/2)
+    sin: Tensor | None = None
+    q_raw: Tensor | None = None  # (B, T, H, D), before the rotation
+    k_raw: Tensor | None = None  # (B, T, Hkv, D), before the rotation
+    layer: int = 0
+
+
+class CausalAttention(nn.Module):
+    """The attend socket's default: plain causal attention. It has no parameters."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: AttendContext) -> Tensor:
+        cache, layer = ctx.cache, ctx.layer
+        if cache is not None:
+            cache.append(layer, k, v)
+            if cache.used > q.shape[1]:  # older tokens stand in the cache
+                return ops.attention_decode(q, cache.k[layer], cache.v[layer], lengths=cache.lengths)
+        return ops.attention(q, k, v, mask=ctx.mask, cu_seqlens_q=ctx.cu_seqlens, cu_seqlens_k=ctx.cu_seqlens)
+
+
+class Attention(nn.Module):
+    """x (B, T, C) -> (B, T, C): project, rotate, attend, project."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, heads, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_heads, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_heads, bias=False)
+        self.o_proj = nn.Linear(heads, config.dim, bias=False)
+        self.attend = CausalAttention()
+
+    def forward(self, x: Tensor, ctx: AttendContext) -> Tensor:
+        B, T, _ = x.shape
+        q_raw, k_raw, v = (
+            project(x).view(B, T, -1, self.config.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = ops.rope(q_raw, k_raw, ctx.cos, ctx.sin, layout=self.config.rope_layout)
+        ctx = ctx._replace(q_raw=q_raw, k_raw=k_raw, layer=self.layer)
+        return self.o_proj(self.attend(q, k, v, x, ctx).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x))·up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then the same with the feed-forward."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, ctx: AttendContext) -> Tensor:
+        h, x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), ctx), residual=x)
+        return x + self.mlp(h)
+
+
+class Llama(nn.Module):
+    """A dense LLaMA. Built under `torch.device("meta")` it costs no memory; `from_pretrained` fills such a one.
+
+    `checkpoint_activations` keeps only the blocks' inputs for the backward and computes the rest again.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+        self.tie_weights()
+
+    def reset_parameters(self) -> None:
+        """N(0, 0.02²), and for what writes into the residual stream the same over sqrt(2·n_layers) (GPT-2)."""
+        for name, module in self.named_modules():
+            if type(module) in (nn.Linear, nn.Embedding):
+                deep = name.endswith(("o_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if deep else 0.02)
+
+    def tie_weights(self) -> None:
+        """Makes lm_head and the embedding one parameter where the configuration says so."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @classmethod
+    def from_pretrained(cls, path, *, quantize: str | None = None, quantize_head: bool = False, dtype=None) -> "Llama":
+        """Loads a checkpoint: see `llamakern.checkpoint.from_pretrained`."""
+        from llamakern.checkpoint import from_pretrained
+
+        return from_pretrained(path, quantize=quantize, quantize_head=quantize_head, dtype=dtype)
+
+    def save_pretrained(self, path) -> None:
+        """Writes a Hugging Face folder: see `llamakern.checkpoint.save_pretrained`."""
+        from llamakern.checkpoint import save_pretrained
+
+        save_pretrained(self, path)
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have."""
+        c, like = self.config, self.embed_tokens.weight
+        cast = torch.is_autocast_enabled(like.device.type)
+        dtype = torch.get_autocast_dtype(like.device.type) if cast else like.dtype
+        return KVCache(c.n_layers, batch, max_len, c.n_kv_heads, c.head_dim, dtype=dtype, device=like.device)
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T) integer
+        *,
+        cache: KVCache | None = None,
+        lengths: Tensor | None = None,  # (B,)
+        positions: Tensor | None = None,  # (T,) or (B, T)
+        cu_seqlens: Tensor | None = None,  # int32 (n + 1,)
+        mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, S)
+    ) -> Tensor:  # (B, T, V)
+        """Logits. With a cache the tokens continue what it holds and are added to it, and no gradient is recorded.
+
+        `lengths` says how many of the T tokens of each row are real, the rest being padding on the right.
+        Without `positions` they count from the start of each row, or of each packed sequence of `cu_seqlens` (B = 1).
+        ValueError where shapes disagree, the cache is full, or a cache meets `cu_seqlens` or `mask`.
+        """
+        with recorded(cache):
+            h = self.hidden(tokens, cache=cache, lengths=lengths, positions=positions, cu_seqlens=cu_seqlens, mask=mask)
+            return self.lm_head(h)
+
+    def hidden(self, tokens, *, cache=None, lengths=None, positions=None, cu_seqlens=None, mask=None) -> Tensor:
+        """What `lm_head` sees, (B, T, C): the same arguments as `forward`."""
+        check_call(tokens, cache, positions, cu_seqlens, mask)
+        T = tokens.shape[1]
+        if positions is None:
+            positions = default_positions(T, cache, cu_seqlens, tokens.device)
+        if cache is not None:
+            cache.grow(T)
+        cos, sin = cos_sin(self.config, positions)
+        ctx = AttendContext(cache=cache, positions=positions, cu_seqlens=cu_seqlens, mask=mask, cos=cos, sin=sin)
+        with recorded(cache):
+            x = self.embed_tokens(tokens)
+            for layer in self.layers:
+                if self.checkpoint_activations and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, ctx, use_reentrant=False)
+                else:
+                    x = layer(x, ctx)
+            if cache is not None and lengths is not None:
+                cache.lengths += lengths.to(torch.int32) - T  # the padding is overwritten by the next tokens
+            return self.norm(x)
+
+    def loss(self, tokens, labels, *, positions=None, cu_seqlens=None, reduction="mean") -> Tensor:
+        """Cross-entropy of the next token: labels[b, t] is the target at position t, -100 is ignored. float32."""
+        h = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens)
+        if type(self.lm_head) is nn.Linear:
+            loss = ops.linear_cross_entropy(h, self.lm_head.weight, labels, reduction=reduction)
+        else:
+            loss = F.cross_entropy(self.lm_head(h).flatten(0, 1).float(), labels.flatten(), reduction=reduction)
+        return loss.view_as(labels) if reduction == "none" else loss
+
+
+def recorded(cache: KVCache | None):
+    """The scope of a call: a cache is written in place, which has no gradient."""
+    return torch.set_grad_enabled(cache is None and torch.is_grad_enabled())
+
+
+def default_positions(T: int, cache: KVCache | None, cu_seqlens: Tensor | None, device) -> Tensor:
+    """Positions that count from each row's (B, T) or each packed sequence's (T,) first token."""
+    t = torch.arange(T, device=device)
+    if cache is not None:
+        return cache.lengths[:, None] + t
+    if cu_seqlens is not None:
+        starts = cu_seqlens.to(t.dtype)
+        return t - starts[torch.searchsorted(starts, t, right=True) - 1]
+    return t
+
+
+def check_call(tokens, cache, positions, cu_seqlens, mask) -> None:
+    """What the ops cannot say better themselves."""
+    if tokens.dim() != 2:
+        raise ValueError(f"model: tokens must have shape (B, T), got {list(tokens.shape)}")
+    B, T = tokens.shape
+    if positions is not None and tuple(positions.shape) not in ((T,), (B, T)):
+        raise ValueError(f"model: positions must have shape ({T},) or ({B}, {T}), got {list(positions.shape)}")
+    if cu_seqlens is not None and B != 1:
+        raise ValueError(f"model: tokens must have one row with cu_seqlens, got {B}")
+    if cache is not None and (cu_seqlens is not None or mask is not None):
+        raise ValueError("model: cu_seqlens and mask must be None with a cache")
+    if cache is not None and cache.lengths.shape[0] != B:
+        raise ValueError(f"model: cache must have batch {B}, got {cache.lengths.shape[0]}")

@@ -1,0 +1,22 @@
+"""Parameter-efficient fine-tuning: one file per method, each a dataclass whose `apply` plugs modules into the sockets.
+
+`METHODS` lists them by the name that `finetune --method` takes. qlora is LoRA over a base quantised to NF4.
+"""
+
+from torch import nn
+
+from llamakern.peft.base import count_trainable, trainable
+from llamakern.peft.files import load, save
+from llamakern.peft.lora import LoRAConfig
+from llamakern.peft.merge import logit_change, merge
+
+METHODS = {"lora": LoRAConfig, "qlora": LoRAConfig}
+
+
+def apply(model: nn.Module, config) -> nn.Module:
+    """The model itself, with the method of `config` in it and everything else frozen."""
+    config.apply(model)
+    return model
+
+
+__all__ = ["METHODS", "LoRAConfig", "apply", "count_trainable", "load", "logit_change", "merge", "save", "trainable"]

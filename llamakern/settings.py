@@ -1,0 +1,94 @@
+"""Settings from a YAML file and `key=value` words into a flat dataclass: its fields are the keys."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import yaml
+
+
+def build(kind: type, file: str | Path | None, words: Iterable[str]):
+    """A `kind` from its defaults, then the YAML file, then `key=value` words, each overriding what came before.
+
+    ValueError for an unknown key (it suggests the nearest) and for a value of the wrong type.
+    """
+    values = {}
+    if file is not None:
+        values |= read_yaml(file)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"settings: an argument must be key=value, got {word!r}")
+        values[key.strip().replace("-", "_")] = value
+    types_ = typing.get_type_hints(kind)
+    return kind(**{key: convert(key, value, types_[known(key, types_)]) for key, value in values.items()})
+
+
+def read_yaml(file: str | Path) -> dict:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"settings: config must be a YAML file, got {file}")
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"settings: {file} must be YAML, got {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"settings: {file} must hold key: value lines, got {type(values).__name__}")
+    return values
+
+
+def known(key: str, keys: Iterable[str]) -> str:
+    keys = list(keys)
+    if key not in keys:
+        nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]}?" if nearest else f"; the keys are {', '.join(keys)}"
+        raise ValueError(f"settings: unknown key {key}{hint}")
+    return key
+
+
+def convert(key: str, value: object, kind: object):
+    """`value` as the type of its field. Words from the command line come as strings, YAML's `1e-4` too."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    if type(None) in options and str(value).lower() in ("none", "null", ""):
+        return None
+    (kind,) = (option for option in options if option is not type(None))
+    base = typing.get_origin(kind) or kind
+    try:
+        return CONVERT[base](value)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"settings: {key} must be {base.__name__}, got {value!r}") from None
+
+
+def to_bool(value: object) -> bool:
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+
+
+def to_int(value: object) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError
+    return int(value)
+
+
+def to_str(value: object) -> str:
+    if isinstance(value, dict | list):
+        raise ValueError
+    return str(value)
+
+
+def to_names(value: object) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else tuple(map(to_str, value))
+
+
+def to_mapping(value: object) -> dict[str, str]:
+    if isinstance(value, Mapping):
+        return {str(k): to_str(v) for k, v in value.items()}
+    return {k.strip(): v.strip() for k, v in (pair.split("=") for pair in value.split(",") if pair)}
+
+
+CONVERT = {bool: to_bool, int: to_int, float: float, str: to_str, tuple: to_names, dict: to_mapping}
+
+
+def names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]

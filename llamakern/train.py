@@ -1,0 +1,301 @@
+"""The trainer: one flat loop. load a batch, forward, backward, clip, step, log; evaluate and save now and then.
+
+A step is one optimizer update over `accumulation` batches, its loss the mean over all their trained tokens, so that
+accumulating equals one large batch. The batches are a function of seed and epoch, the learning rate one of the step, so
+a checkpoint needs the parameters, the optimizer, the generators and the step: resuming is exact to the last bit.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llamakern.data import Batch, Example, check_examples, epoch_batches, pack, pad
+from llamakern.gate import Gate
+from llamakern.peft.base import trainable
+from llamakern.progress import Progress
+from llamakern.runs import RunFolder, peak_memory_mb, plot_curves, rng_state, set_rng_state
+
+
+@dataclass
+class TrainConfig:
+    """Everything that the loop wants to know. ValueError for what cannot be."""
+
+    epochs: int = 3
+    steps: int | None = None  # in place of epochs
+    batch_size: int = 8  # sequences in one forward pass
+    accumulation: int = 1  # forward passes in one step
+    max_len: int = 512  # tokens of one sequence, at most
+    packing: bool = True  # whole sequences side by side, each seeing only itself, in place of padding
+    lr: float = 3e-4
+    warmup: int = 10  # steps of linear warm-up; a cosine to min_lr follows
+    min_lr: float = 0.0
+    weight_decay: float = 0.0  # matrices only
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    checkpoint_activations: bool = False
+    eval_every: int = 0  # steps; 0: before the first and after the last
+    save_every: int = 100
+    keep_last: int = 2  # checkpoints
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("epochs", "steps", "batch_size", "accumulation", "save_every", "keep_last"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"train: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "eval_every", "lr", "min_lr", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train: {name} must not be negative, got {getattr(self, name)}")
+        if self.max_len < 2:
+            raise ValueError(f"train: max_len must be at least 2, got {self.max_len}")
+
+    def lr_at(self, step: int, total: int) -> float:
+        """Learning rate of step 1, 2, ..., total: linear up to `lr`, then a cosine down towards `min_lr`."""
+        if step <= self.warmup:
+            return self.lr * step / self.warmup
+        done = (step - 1 - self.warmup) / max(1, total - self.warmup)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+FREE_TO_CHANGE = ("eval_every", "save_every", "keep_last")  # the others decide where a run goes
+
+
+class Trainer:
+    """Trains every parameter of `model` that requires a gradient.
+
+    model: offers loss(tokens, labels, *, positions, cu_seqlens, reduction), as `Llama` does.
+    train, held_out: examples of `llamakern.data`.
+    out: folder for metrics.jsonl, loss.png and checkpoints; a run found there is continued. None: nothing is written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Sequence[Example],
+        config: TrainConfig | None = None,
+        *,
+        held_out: Sequence[Example] = (),
+        out: str | Path | None = None,
+        pad_id: int = 0,
+        label: str = "train",
+        quiet: bool = False,
+    ):
+        self.model, self.examples, self.held_out = model, list(train), list(held_out)
+        self.config = config or TrainConfig()
+        self.folder = None if out is None else RunFolder(out, self.config.keep_last)
+        self.pad_id, self.label, self.quiet = pad_id, label, quiet
+        self.trainable = trainable(model)
+        if not self.trainable:
+            raise ValueError("train: model must have a trainable parameter, got none")
+        if not self.examples:
+            raise ValueError("train: train must hold at least one example, got none")
+        check_examples(self.examples + self.held_out)
+        self.fingerprint = fingerprint(self.examples)
+        self.device = next(iter(self.trainable.values())).device
+        self.optimizer = self.make_optimizer()
+        self.total = self.config.steps or sum(len(list(self.epoch(e))) for e in range(self.config.epochs))
+
+    def train(self) -> dict:
+        """Run to the end and return the figures of the run: loss_before and loss_after (held out), tokens_per_s, ...
+
+        FloatingPointError for a loss or gradient that is not finite, after saving the last good state. GateError
+        from the gate. ValueError if the folder holds a run with other settings or data.
+        """
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.model.checkpoint_activations = config.checkpoint_activations
+        progress = {"step": 0, "tokens": 0, "seconds": 0.0, "loss_before": None}
+        if not self.resume(progress):
+            self.forget()
+            progress["loss_before"] = self.evaluate()
+            self.log(step=0, eval_loss=progress["loss_before"])
+            self.save(progress, rng_state())
+        gate = Gate(self.trainable)
+        bar = Progress(self.total, self.label, start=progress["step"], quiet=self.quiet)
+        self.model.train()
+        for step, batches in enumerate(self.plan(progress["step"]), progress["step"] + 1):
+            started, generators = time.perf_counter(), rng_state()
+            lr = config.lr_at(step, self.total)
+            loss = self.backward(batches)
+            grad_norm = nn.utils.clip_grad_norm_(self.trainable.values(), config.clip or math.inf).item()
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                self.save(progress, generators)
+                bar.close()
+                raise FloatingPointError(self.describe_failure(step, loss, grad_norm))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            if lr > 0:
+                gate.observe()
+            self.optimizer.zero_grad(set_to_none=True)
+            tokens, seconds = sum(batch.n_tokens for batch in batches), time.perf_counter() - started
+            progress["step"], progress["tokens"] = step, progress["tokens"] + tokens
+            progress["seconds"] += seconds
+            bar.update(loss, tokens / seconds)
+            self.log(step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=tokens, tokens_per_s=tokens / seconds)
+            if config.eval_every and step % config.eval_every == 0 and step < self.total:
+                self.log(step=step, eval_loss=self.evaluate())
+            if step % config.save_every == 0 or step == self.total:
+                self.save(progress, rng_state())
+        gate.close()
+        bar.close()
+        return self.finish(progress)
+
+    def backward(self, batches: Sequence[Batch]) -> float:
+        """Accumulate the gradient of the mean loss over all trained tokens of `batches`; returns that loss."""
+        n_trained = sum(batch.n_trained for batch in batches)
+        total = 0.0
+        for batch in batches:
+            loss = self.loss(batch) / n_trained
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Sum over the batch's trained tokens."""
+        batch = batch.to(self.device)
+        return self.model.loss(
+            batch.tokens, batch.labels, positions=batch.positions, cu_seqlens=batch.cu_seqlens, reduction="sum"
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean loss per trained token of the held-out examples, without dropout; None if there are none."""
+        if not self.held_out:
+            return None
+        training = self.model.training
+        self.model.eval()
+        total, n_trained = 0.0, 0
+        for indices in self.batches(self.held_out, seed=None):
+            batch = self.collate([self.held_out[i] for i in indices])
+            total += self.loss(batch).item()
+            n_trained += batch.n_trained
+        self.model.train(training)
+        return total / n_trained
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Data
+
+    def plan(self, done: int) -> Iterator[list[Batch]]:
+        """The batches of each step from `done` on."""
+        epochs = count() if self.config.steps else range(self.config.epochs)
+        groups = (group for epoch in epochs for group in self.epoch(epoch))
+        for group in islice(groups, done, self.total):
+            yield [self.collate([self.examples[i] for i in indices]) for indices in group]
+
+    def epoch(self, epoch: int) -> Iterator[list[list[int]]]:
+        """Example numbers by batch by step. The last step of an epoch may have fewer batches."""
+        batches = self.batches(self.examples, self.config.seed, epoch)
+        for i in range(0, len(batches), self.config.accumulation):
+            yield batches[i : i + self.config.accumulation]
+
+    def batches(self, examples: Sequence[Example], seed: int | None, epoch: int = 0) -> list[list[int]]:
+        c = self.config
+        return epoch_batches(
+            examples, batch_size=c.batch_size, max_len=c.max_len, packing=c.packing, seed=seed, epoch=epoch
+        )
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        if self.config.packing:
+            return pack(examples, self.config.batch_size * self.config.max_len, self.pad_id)
+        return pad(examples, self.pad_id)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Optimizer, checkpoints, logs
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        c = self.config
+        matrices = [p for p in self.trainable.values() if p.dim() >= 2]
+        vectors = [p for p in self.trainable.values() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2))
+
+    def save(self, progress: dict, generators: dict) -> None:
+        if self.folder is None:
+            return
+        state = {
+            "progress": dict(progress),
+            "config": asdict(self.config),
+            "data": self.fingerprint,
+            "parameters": {name: p.detach() for name, p in self.trainable.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "generators": generators,
+        }
+        self.folder.save_checkpoint(progress["step"], state)
+
+    def resume(self, progress: dict) -> bool:
+        """Take up the newest checkpoint of the folder, if there is one."""
+        state = self.folder and self.folder.load_checkpoint()
+        if not state:
+            return False
+        self.check_same_run(state)
+        with torch.no_grad():
+            for name, p in self.trainable.items():
+                p.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["generators"])
+        progress.update(state["progress"])
+        self.folder.rewind(progress["step"])
+        return True
+
+    def check_same_run(self, state: dict) -> None:
+        mine, theirs = asdict(self.config), state["config"]
+        changed = [k for k in mine if k not in FREE_TO_CHANGE and mine[k] != theirs.get(k)]
+        if changed:
+            pairs = ", ".join(f"{k} {mine[k]} in place of {theirs.get(k)}" for k in changed)
+            raise ValueError(
+                f"train: settings must equal those of the run in {self.folder.path}, got {pairs}; "
+                "take another folder to start anew"
+            )
+        if state["data"] != self.fingerprint:
+            raise ValueError(f"train: examples must be those of the run in {self.folder.path}, got others")
+        shapes = {name: list(p.shape) for name, p in self.trainable.items()}
+        if shapes != {name: list(p.shape) for name, p in state["parameters"].items()}:
+            raise ValueError(f"train: trainable parameters must be those of the run in {self.folder.path}, got others")
+
+    def forget(self) -> None:
+        """Drop what a run that never reached its first checkpoint has logged."""
+        if self.folder is not None:
+            self.folder.rewind(-1)
+
+    def log(self, **values) -> None:
+        if self.folder is not None:
+            self.folder.log(**values)
+
+    def finish(self, progress: dict) -> dict:
+        result = {
+            "trainable": sum(p.numel() for p in self.trainable.values()),
+            "loss_before": progress["loss_before"],
+            "loss_after": self.evaluate(),
+            "steps": progress["step"],
+            "tokens": progress["tokens"],
+            "seconds": progress["seconds"],
+            "tokens_per_s": progress["tokens"] / max(progress["seconds"], 1e-9),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        if self.folder is not None:
+            if not any(line["step"] == self.total and "eval_loss" in line for line in self.folder.history()):
+                self.log(step=self.total, eval_loss=result["loss_after"])
+            if not plot_curves({self.label: self.folder.metrics}, self.folder.path / "loss.png") and not self.quiet:
+                print("no loss plot: matplotlib is not installed")
+        return result
+
+    def describe_failure(self, step: int, loss: float, grad_norm: float) -> str:
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
+        kept = f"; the state after step {step - 1} is saved in {self.folder.path}" if self.folder else ""
+        return f"train: loss and gradient must be finite, got {what} at step {step}{kept}"
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Hash of the tokens and masks."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.tokens, example.trained)).encode())
+    return digest.hexdigest()

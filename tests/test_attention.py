@@ -1,0 +1,519 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from compare import (
+    assert_as_good_as,
+    assert_same_bits,
+    check_against_reference,
+    check_thread_counts,
+    outputs_and_gradients,
+)
+from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+
+from llamakern import ops
+from llamakern.ops.attention import attention_decode_reference, attention_reference, cache_append_reference_
+
+#    B  T   S   H Hkv D
+SHAPES = [
+    (2, 1, 2, 2, 1, 64),  # one token, two keys
+    (1, 1, 70, 4, 2, 40),  # one token against many: the path of few queries
+    (2, 5, 300, 6, 2, 6),  # few queries, several ranges of keys, D below a vector
+    (1, 33, 33, 3, 3, 80),  # one query head for each key head
+    (2, 50, 50, 4, 2, 40),  # nothing divides a tile
+    (1, 61, 260, 3, 1, 64),  # T < S, a group of three, two blocks of keys
+    (1, 70, 29, 8, 1, 16),  # T > S: the first 41 queries see nothing
+    (1, 65, 65, 4, 1, 128),
+    (1, 40, 45, 2, 1, 256),  # the largest head
+    (1, 200, 200, 2, 2, 33),  # an odd head: half a word at its end
+]
+RULES = [
+    {"causal": False},
+    {"window": 5},
+    {"window": 13},
+    {"window": 13, "causal": False},
+    {"chunk": 16},
+    {"chunk": 7, "causal": False},
+    {"chunk": 50, "window": 9, "scale": 0.3},
+]
+
+
+def make_inputs(B, T, S, H, Hkv, D, dtype=torch.float32, scale=1.0):
+    return tuple(
+        (torch.randn(B, tokens, heads, D) * scale).to(dtype).requires_grad_()
+        for tokens, heads in ((T, H), (S, Hkv), (S, Hkv))
+    )
+
+
+def check(inputs, **knobs):
+    check_against_reference(
+        lambda *t: ops.attention(*t, **knobs), lambda *t: attention_reference(*t, **knobs), inputs, floor=2e-6
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}_T{}_S{}_H{}_Hkv{}_D{}".format(*s))
+def test_forward_backward(shape, dtype, isa):
+    check(make_inputs(*shape, dtype))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: "_".join(f"{k}{v}" for k, v in r.items()))
+@pytest.mark.parametrize("shape", [(1, 60, 77, 4, 2, 24), (1, 77, 60, 2, 2, 24), (2, 4, 40, 2, 1, 8)])
+def test_rules(rule, shape, dtype, isa):
+    check(make_inputs(*shape, dtype), **rule)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 45, 50), (2, 1, 45, 50), (1, 4, 45, 1), (2, 1, 1, 50), (45, 50), (50,), ()])
+@pytest.mark.parametrize("causal", [True, False])
+def test_masks(sizes, causal, dtype, isa):
+    check(make_inputs(2, 45, 50, 4, 2, 24, dtype), mask=torch.rand(sizes) > 0.3, causal=causal)
+
+
+def test_mask_of_few_queries(dtype, isa):
+    check(make_inputs(2, 3, 140, 4, 2, 24, dtype), mask=torch.rand(2, 4, 3, 140) > 0.5)
+    wide = torch.rand(2, 1, 140, 3) > 0.5
+    check(make_inputs(2, 3, 140, 4, 2, 24, dtype), mask=wide.transpose(2, 3))  # keys are not neighbours
+
+
+@pytest.mark.parametrize("scale", [0.01, 3.0, 30.0])
+def test_scales_of_the_input(scale, dtype, isa):
+    check(make_inputs(1, 70, 70, 4, 2, 64, dtype, scale))
+
+
+def test_logits_of_many_thousands():
+    """exp would overflow at once: the running maximum must be subtracted first."""
+    q, k, v = (t.detach() for t in make_inputs(1, 100, 100, 2, 1, 32))
+    y, lse = ops.attention(q * 1e3, k * 1e3, v, return_lse=True)
+    truth, truth_lse = attention_reference(q.double() * 1e3, k.double() * 1e3, v.double(), return_lse=True)
+    torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-5, atol=1e-5)
+    assert (y - truth).abs().mean() < 1e-2
+
+
+@pytest.mark.parametrize("T", [3, 90])
+def test_lse(T, dtype, isa):
+    """lse is float32 however coarse q and k are, and has a gradient of its own."""
+    q, k, v = make_inputs(2, T, 90, 4, 2, 40, dtype)
+    y, lse = ops.attention(q, k, v, return_lse=True)
+    truth_y, truth = attention_reference(*(t.detach().double() for t in (q, k, v)), return_lse=True)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), truth, rtol=2e-6, atol=2e-6)
+    check((q, k, v), return_lse=True)
+    only_lse = torch.autograd.grad(lse.sum(), (q, k, v))
+    assert only_lse[0].abs().max() > 0
+    assert only_lse[2].abs().max() == 0
+
+
+def test_rows_that_see_nothing(dtype, isa):
+    q, k, v = make_inputs(1, 80, 30, 2, 1, 16, dtype)
+    mask = torch.ones(80, 30, dtype=torch.bool)
+    mask[70] = False
+    y, lse = ops.attention(q, k, v, mask=mask, return_lse=True)
+    dq, dk, dv = torch.autograd.grad(y.float().square().sum() + lse[lse.isfinite()].sum(), (q, k, v))
+    blind = [*range(50), 70]
+    for value in (y[:, blind], dq[:, blind]):
+        assert_same_bits(value, torch.zeros_like(value))
+    assert (lse[:, :, blind] == -math.inf).all()
+    assert lse.isfinite().sum() == 2 * 29
+    assert all(t.isfinite().all() for t in (y, dq, dk, dv))
+    few = ops.attention(q[:, :4], k, v, mask=torch.zeros(4, 30, dtype=torch.bool))
+    assert_same_bits(few.detach(), torch.zeros_like(few))
+
+
+def test_packed_sequences_equal_each_alone(dtype, isa):
+    lengths = [40, 0, 1, 65, 33]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    T = sum(lengths)
+    q, k, v = inputs = make_inputs(1, T, T, 4, 2, 24, dtype)
+    check(inputs, cu_seqlens_q=starts)
+    check(inputs, cu_seqlens_q=starts, causal=False, window=11)
+    check(inputs, cu_seqlens_q=starts, mask=torch.rand(T, T) > 0.3, chunk=9)
+    packed = ops.attention(q, k, v, cu_seqlens_q=starts)
+    for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        if b - a > 16:  # else alone it is a few queries' path
+            assert_same_bits(packed[:, a:b], ops.attention(q[:, a:b], k[:, a:b], v[:, a:b]))
+
+
+def test_packed_with_other_keys(dtype, isa):
+    inputs = make_inputs(1, 60, 90, 2, 1, 16, dtype)
+    starts_q, starts_k = torch.tensor([0, 20, 50, 60]).int(), torch.tensor([0, 40, 60, 90]).int()
+    check(inputs, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+
+
+def test_strided_inputs():
+    q, k, v = (t.detach() for t in make_inputs(2, 40, 40, 4, 4, 16))
+    want = ops.attention(q, k, v)
+    fused = torch.cat((q, k, v), 2)  # views of one projection
+    assert_same_bits(ops.attention(fused[:, :, :4], fused[:, :, 4:8], fused[:, :, 8:]), want)
+    heads_first = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    assert_same_bits(ops.attention(*heads_first), want)
+    spread = (torch.stack((t, t), -1).flatten(-2)[..., ::2] for t in (q, k, v))  # last dimension not contiguous
+    assert_same_bits(ops.attention(*spread), want)
+    one_head = k[:, :, :1].expand(-1, -1, 4, -1)  # stride 0
+    assert_same_bits(ops.attention(q, one_head, one_head), ops.attention(q, one_head.contiguous(), one_head.contiguous()))
+
+
+def test_gradient_with_stride_zero():
+    q, k, v = make_inputs(1, 40, 40, 2, 1, 8)
+    expanded = torch.autograd.grad(ops.attention(q, k, v).sum(), (q, k, v))  # dy is an expanded 1
+    whole = torch.autograd.grad(ops.attention(q, k, v), (q, k, v), torch.ones(1, 40, 2, 8))
+    for a, b in zip(expanded, whole, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 2, 1, 8), (2, 0, 5, 2, 1, 8), (2, 5, 0, 2, 1, 8), (1, 40, 0, 2, 1, 8)])
+def test_empty(shape, dtype):
+    q, k, v = make_inputs(*shape, dtype)
+    y = ops.attention(q, k, v)
+    assert_same_bits(y.detach(), torch.zeros_like(q))
+    for grad, t in zip(torch.autograd.grad(y.sum(), (q, k, v)), (q, k, v), strict=True):
+        assert_same_bits(grad, torch.zeros_like(t))
+
+
+def test_first_token_reads_the_first_value(dtype, isa):
+    q, k, v = (t.detach() for t in make_inputs(2, 50, 50, 4, 2, 24, dtype))
+    assert_same_bits(ops.attention(q, k, v)[:, 0], v[:, 0].repeat_interleave(2, 1))
+    assert_same_bits(ops.attention(q, k, v, window=1), v.repeat_interleave(2, 2))
+
+
+def test_one_key_has_no_say(dtype, isa):
+    """The softmax of one score is 1 whatever the score: dq and dk are 0, up to the order of the sums in dp - delta."""
+    q, k, v = make_inputs(2, 50, 50, 4, 2, 24, dtype)
+    dq, dk, _ = torch.autograd.grad(ops.attention(q, k, v, window=1).sum(), (q, k, v))
+    assert max(dq.abs().max(), dk.abs().max()) < 2e-5
+
+
+def test_later_tokens_change_nothing(dtype, isa):
+    q, k, v = (t.detach() for t in make_inputs(1, 150, 150, 4, 2, 24, dtype))
+    before = ops.attention(q, k, v)
+    k[:, 100:], v[:, 100:] = 7.0, -7.0
+    assert_same_bits(ops.attention(q, k, v)[:, :100], before[:, :100])
+
+
+@pytest.mark.parametrize("shape", [(2, 150, 150, 8, 2, 24), (1, 300, 300, 8, 1, 16), (1, 2, 700, 4, 1, 16)])
+def test_equal_bits_for_any_thread_count(shape, dtype, isa):
+    check_thread_counts(ops.attention, make_inputs(*shape, dtype))
+
+
+def test_autocast():
+    q, k, v = (t.detach() for t in make_inputs(1, 40, 40, 2, 1, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.attention(q, k, v)
+    assert_same_bits(y, ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def make_cache(B, S, Hkv, D, dtype):
+    return tuple(torch.randn(B, S, Hkv, D).to(dtype) for _ in range(2))
+
+
+def to_blocks(cache, block, order):
+    """(B, S, Hkv, D) as blocks in another order, with the table that finds them again."""
+    B, S, Hkv, D = cache.shape
+    table = order.reshape(B, S // block).int()
+    blocks = torch.empty(B * S // block, block, Hkv, D, dtype=cache.dtype)
+    blocks[order] = cache.reshape(-1, block, Hkv, D)
+    return blocks, table
+
+
+@pytest.mark.parametrize("rule", [{}, {"window": 20}, {"chunk": 32}, {"scale": 0.2}], ids=str)
+@pytest.mark.parametrize(("T", "H", "Hkv", "D"), [(1, 4, 2, 64), (3, 8, 1, 40), (20, 4, 1, 24), (1, 5, 5, 6)])
+def test_decode(T, H, Hkv, D, rule, dtype, isa):
+    lengths = torch.tensor([1, 160, 0, 131, 2], dtype=torch.int32)
+    q = torch.randn(5, T, H, D).to(dtype)
+    k, v = make_cache(5, 160, Hkv, D, dtype)
+    ours = ops.attention_decode(q, k, v, lengths=lengths, **rule)
+    eager = attention_decode_reference(q, k, v, lengths=lengths, **rule)
+    truth = attention_decode_reference(q.double(), k.double(), v.double(), lengths=lengths, **rule)
+    assert_as_good_as("y", ours, eager, truth, floor=2e-6)
+
+
+@pytest.mark.parametrize("T", [1, 20])
+def test_decode_reads_nothing_beyond_its_length(T, dtype, isa):
+    lengths = torch.tensor([35, 7], dtype=torch.int32)
+    q = torch.randn(2, T, 4, 16).to(dtype)
+    k, v = make_cache(2, 50, 2, 16, dtype)
+    want = ops.attention_decode(q, k, v, lengths=lengths)
+    for cache in (k, v):
+        cache[0, 35:], cache[1, 7:] = torch.nan, torch.nan
+    assert_same_bits(ops.attention_decode(q, k, v, lengths=lengths), want)
+
+
+@pytest.mark.parametrize("block", [1, 5, 16, 40])
+@pytest.mark.parametrize("T", [1, 20])
+def test_paged_equals_contiguous(T, block, dtype, isa):
+    lengths = torch.tensor([77, 80, 3], dtype=torch.int32)
+    q = torch.randn(3, T, 4, 16).to(dtype)
+    k, v = make_cache(3, 80, 2, 16, dtype)
+    order = torch.randperm(3 * 80 // block)
+    (paged_k, table), (paged_v, _) = to_blocks(k, block, order), to_blocks(v, block, order)
+    assert_same_bits(
+        ops.attention_decode(q, paged_k, paged_v, lengths=lengths, block_table=table),
+        ops.attention_decode(q, k, v, lengths=lengths),
+    )
+
+
+@pytest.mark.parametrize("block", [None, 8])
+def test_decoding_equals_the_full_forward(block, dtype, isa):
+    """Prefill in pieces of different size through the cache, then token by token."""
+    q, k, v = (t.detach() for t in make_inputs(2, 64, 64, 4, 2, 24, dtype))
+    caches = [torch.full((2, 64, 2, 24), torch.nan, dtype=dtype) for _ in range(2)]
+    table = torch.randperm(16).reshape(2, 8).int() if block else None
+    if block:
+        caches = [c.reshape(16, 8, 2, 24) for c in caches]
+    outputs, done = [], 0
+    for T in (30, 1, 17, *[1] * 16):
+        lengths = torch.full((2,), done + T, dtype=torch.int32)
+        new = slice(done, done + T)
+        ops.cache_append_(*caches, k[:, new], v[:, new], lengths, block_table=table)
+        outputs.append(ops.attention_decode(q[:, new], *caches, lengths=lengths, block_table=table))
+        done += T
+    truth = attention_reference(q.double(), k.double(), v.double())
+    assert_as_good_as("y", torch.cat(outputs, 1), attention_reference(q, k, v), truth, floor=2e-6)
+
+
+def test_cache_append(dtype):
+    k_cache, v_cache = make_cache(2, 10, 3, 5, dtype)
+    k, v = make_cache(2, 4, 3, 5, dtype)
+    lengths = torch.tensor([4, 10], dtype=torch.int32)
+    want_k, want_v = k_cache.clone(), v_cache.clone()
+    cache_append_reference_(want_k, want_v, k, v, lengths)
+    assert ops.cache_append_(k_cache, v_cache, k, v, lengths) is None
+    assert_same_bits(k_cache, want_k)
+    assert_same_bits(v_cache, want_v)
+
+
+# ------------------------------------------------------------------------------------------- torch's own attention
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.7},
+        {"attn_mask": "bool"},
+        {"attn_mask": "float"},
+        {"attn_mask": "lowest"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("T", "S"), [(50, 50), (40, 70), (2, 200)])
+def test_scaled_dot_product_attention(knobs, T, S, dtype, isa):
+    shifts = torch.randn(2, 4, T, S)
+    masks = {
+        "bool": shifts > -0.5,
+        "float": shifts.to(dtype),
+        "lowest": torch.zeros(T, S, dtype=dtype).masked_fill(shifts[0, 0] < 0.5, torch.finfo(dtype).min),
+    }
+    mask = masks.get(knobs.get("attn_mask"))
+    q, k, v = (t.detach().transpose(1, 2).requires_grad_() for t in make_inputs(2, T, S, 4, 2, 24, dtype))
+
+    def ours(q, k, v):
+        return ops.scaled_dot_product_attention(q, k, v, enable_gqa=True, **knobs | {"attn_mask": mask})
+
+    def theirs(q, k, v):  # its float64 wants a float64 mask
+        wide = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+        return torch_sdpa(q, k, v, enable_gqa=True, **knobs | {"attn_mask": wide})
+
+    check_against_reference(ours, theirs, (q, k, v), floor=2e-6)
+
+
+def test_row_of_lowest_values_sees_nothing(dtype, isa):
+    """Masks made with finfo.min, as Hugging Face makes them: a row of padding gives 0 and gradient 0, never nan."""
+    q, k, v = (t.detach().transpose(1, 2).requires_grad_() for t in make_inputs(1, 50, 50, 2, 1, 24, dtype))
+    mask = torch.zeros(50, 50, dtype=dtype)
+    mask[7] = torch.finfo(dtype).min
+    y = ops.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    dq, dk, dv = torch.autograd.grad(y.sum(), (q, k, v))
+    assert y[:, :, 7].abs().max() == dq[:, :, 7].abs().max() == 0
+    assert all(t.isfinite().all() for t in (y, dq, dk, dv))
+
+
+def test_recorded_results(data_dir, isa):
+    """Outputs recorded by others (CS336), whose inputs are seeded normal values and a mask of random bools."""
+
+    def seeded(seed, *shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    q, k, v = seeded(1, 4, 12, 64), seeded(2, 4, 16, 64), seeded(3, 4, 16, 64)
+    mask = seeded(5, 4, 12, 16) > 0.5
+    for name, heads in (("test_scaled_dot_product_attention", 1), ("test_4d_scaled_dot_product_attention", 2)):
+        want = torch.from_numpy(np.load(data_dir / f"vectors/{name}.npz")["array"])
+        q4, k4, v4, mask4 = (t.unflatten(0, (-1, heads)) for t in (q, k, v, mask))
+        ours = ops.scaled_dot_product_attention(q4, k4, v4, mask4)
+        torch.testing.assert_close(ours.reshape(want.shape), want, rtol=1e-4, atol=2e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- contracts
+
+
+def test_opcheck():
+    q, k, v = make_inputs(1, 40, 44, 4, 2, 8)
+    op = torch.ops.llamakern.attention.default
+    torch.library.opcheck(op, (q, k, v, None, True, None, None, None, None, None, False))
+    mask = torch.rand(40, 44) > 0.5
+    torch.library.opcheck(op, (q, k, v, mask, False, 0.3, 20, 30, None, None, True))
+    starts = torch.tensor([0, 10, 40]).int(), torch.tensor([0, 20, 44]).int()
+    torch.library.opcheck(op, (q, k, v, None, True, None, None, None, *starts, False))
+    cache, lengths, table = make_cache(6, 4, 2, 8, torch.float32), torch.tensor([9]).int(), torch.tensor([[1, 3, 5]]).int()
+    decode = torch.ops.llamakern.attention_decode.default
+    torch.library.opcheck(decode, (q.detach()[:, :3], *cache, lengths, table, None, None, None))
+    append = torch.ops.llamakern.cache_append_.default
+    torch.library.opcheck(append, (*cache, k.detach()[:, :3], v.detach()[:, :3], lengths, table))
+
+
+def test_compile_and_functional():
+    inputs = make_inputs(1, 40, 40, 4, 2, 8)
+
+    def fn(q, k, v):
+        return ops.attention(q.sin(), k, v, window=9, return_lse=True)
+
+    want = outputs_and_gradients(fn, inputs)
+    got = outputs_and_gradients(torch.compile(fn, fullgraph=True, backend="aot_eager"), inputs)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+    q, k, v = inputs
+    g = torch.func.grad(lambda v: ops.attention(q.detach(), k.detach(), v).sum())(v.detach())
+    torch.testing.assert_close(g, torch.autograd.grad(ops.attention(q, k, v).sum(), v)[0])
+
+
+def test_compiled_decoding():
+    q, k, v = (t.detach() for t in make_inputs(2, 1, 1, 4, 2, 8))
+    caches, lengths = make_cache(2, 20, 2, 8, torch.float32), torch.tensor([7, 20]).int()
+
+    def step(q, k, v, k_cache, v_cache):
+        ops.cache_append_(k_cache, v_cache, k, v, lengths)
+        return ops.attention_decode(q, k_cache, v_cache, lengths=lengths)
+
+    twins = [c.clone() for c in caches]
+    assert_same_bits(torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v, *twins), step(q, k, v, *caches))
+    for a, b in zip(twins, caches, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_double_backward_raises():
+    q, k, v = make_inputs(1, 3, 3, 2, 1, 4)
+    (g,) = torch.autograd.grad(ops.attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_backward: double backward is not supported"):
+        g.sum().backward()
+
+
+def raises(call, defaults, changes, error, message):
+    arguments = defaults | changes
+    with pytest.raises(error, match=message):
+        call(**arguments)
+
+
+Z = torch.zeros
+starts = torch.tensor([0, 3], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": Z(2, 3, 8)}, ValueError, r"attention: q must have shape \(B, T, H, D\), got \[2, 3, 8\]"),
+        ({"k": Z(2, 3, 8)}, ValueError, r"attention: k must have 4 dimensions, got \[2, 3, 8\]"),
+        ({"k": Z(1, 3, 2, 8)}, ValueError, r"attention: v must have shape \[1, 3, 2, 8\], got \[2, 3, 2, 8\]"),
+        ({"k": Z(2, 3, 2, 7)}, ValueError, r"attention: k must have shape \[2, 3, 2, 8\], got \[2, 3, 2, 7\]"),
+        ({"v": Z(2, 4, 2, 8)}, ValueError, r"attention: v must have shape \[2, 3, 2, 8\], got \[2, 4, 2, 8\]"),
+        ({"q": Z(2, 3, 5, 8)}, ValueError, "attention: q must have a multiple of k's 2 heads, got 5"),
+        ({"q": Z(2, 3, 4, 257)}, ValueError, "attention: q must have a head_dim of 1 to 256, got 257"),
+        ({"window": 0}, ValueError, "attention: window must be positive, got 0"),
+        ({"chunk": -1}, ValueError, "attention: chunk must be positive, got -1"),
+        ({"mask": Z(3, 3)}, TypeError, "attention: mask must be bool, got float32"),
+        (
+            {"mask": Z(2, 3, 3).bool()[:, None, :2]},
+            ValueError,
+            r"attention: mask must be broadcastable to \[2, 4, 3, 3\], got \[2, 1, 2, 3\]",
+        ),
+        ({"cu_seqlens_q": starts}, ValueError, "attention: q must have B = 1 where cu_seqlens_q is given, got 2"),
+        ({"cu_seqlens_k": starts}, ValueError, "attention: cu_seqlens_k must come with cu_seqlens_q"),
+        ({"k": Z(2, 3, 2, 8).bfloat16()}, TypeError, "attention: k must be float32 like q, got bfloat16"),
+        ({"v": Z(2, 3, 2, 8).double()}, TypeError, "attention: v must be float32 like q, got float64"),
+        ({"prompt_k": Z(5, 2, 8)}, NotImplementedError, "attention: prompt_k is not built yet"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
+)
+def test_bad_input(changes, error, message):
+    raises(ops.attention, {"q": Z(2, 3, 4, 8), "k": Z(2, 3, 2, 8), "v": Z(2, 3, 2, 8)}, changes, error, message)
+
+
+@pytest.mark.parametrize(
+    ("starts", "error", "message"),
+    [
+        (torch.tensor([0, 3]), TypeError, "attention: cu_seqlens_q must be int32, got int64"),
+        (torch.tensor([0, 2]).int(), ValueError, "attention: cu_seqlens_q must rise from 0 to the 3 tokens"),
+        (torch.tensor([0, 2, 1, 3]).int(), ValueError, "attention: cu_seqlens_q must rise from 0 to the 3 tokens"),
+        (torch.tensor([[0, 3]]).int(), ValueError, r"attention: cu_seqlens_q must have shape \(n\+1,\), got \[1, 2\]"),
+    ],
+)
+def test_bad_starts(starts, error, message):
+    with pytest.raises(error, match=message):
+        ops.attention(Z(1, 3, 2, 8), Z(1, 3, 2, 8), Z(1, 3, 2, 8), cu_seqlens_q=starts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"lengths": torch.tensor([3, 7]).int()}, ValueError, r"attention_decode: lengths must lie in \[0, 6\], got 7"),
+        ({"lengths": torch.tensor([3, -1]).int()}, ValueError, r"attention_decode: lengths must lie in \[0, 6\], got -1"),
+        ({"lengths": torch.tensor([3, 4])}, TypeError, "attention_decode: lengths must be int32, got int64"),
+        ({"lengths": torch.tensor([3]).int()}, ValueError, r"attention_decode: lengths must have shape \[2\], got \[1\]"),
+        ({"q": Z(3, 1, 4, 8), "lengths": Z(3).int()}, ValueError, r"k_cache must have shape \[3, 6, 2, 8\], got \[2, 6"),
+        (
+            {"block_table": torch.tensor([[0], [2]]).int()},
+            ValueError,
+            r"attention_decode: block_table must lie in \[0, 2\), got 2",
+        ),
+        (
+            {"block_table": torch.tensor([[0, 1]]).int()},
+            ValueError,
+            r"attention_decode: block_table must have shape \[2, 2\], got \[1, 2\]",
+        ),
+        ({"q": Z(2, 1, 4, 8).requires_grad_()}, RuntimeError, "attention_decode: has no gradient"),
+    ],
+)
+def test_bad_decode(changes, error, message):
+    defaults = {"q": Z(2, 1, 4, 8), "k_cache": Z(2, 6, 2, 8), "v_cache": Z(2, 6, 2, 8), "lengths": torch.tensor([3, 4]).int()}
+    raises(ops.attention_decode, defaults, changes, error, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"lengths": torch.tensor([3, 1]).int()}, ValueError, r"cache_append_: lengths must lie in \[2, 6\], got 1"),
+        ({"k": Z(2, 2, 1, 8)}, ValueError, r"cache_append_: k must have shape \[2, 2, 2, 8\], got \[2, 2, 1, 8\]"),
+        ({"v": Z(2, 2, 2, 8).bfloat16()}, TypeError, "cache_append_: v must be float32 like k_cache, got bfloat16"),
+        ({"k_cache": Z(2, 6, 2, 16)[..., ::2]}, ValueError, "cache_append_: k_cache must have a contiguous last dimension"),
+        ({"k": Z(2, 2, 2, 8).requires_grad_()}, RuntimeError, "cache_append_: has no gradient"),
+    ],
+)
+def test_bad_append(changes, error, message):
+    defaults = {"k_cache": Z(2, 6, 2, 8), "v_cache": Z(2, 6, 2, 8), "k": Z(2, 2, 2, 8), "v": Z(2, 2, 2, 8)}
+    raises(ops.cache_append_, defaults | {"lengths": torch.tensor([3, 4]).int()}, changes, error, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"dropout_p": 0.1}, NotImplementedError, "scaled_dot_product_attention: dropout_p must be 0, got 0.1"),
+        ({"attn_mask": Z(3, 3).requires_grad_()}, NotImplementedError, "attn_mask must not require a gradient"),
+        ({"attn_mask": Z(3, 3), "is_causal": True}, ValueError, "attn_mask must be None where is_causal is True"),
+        ({"key": Z(2, 1, 3, 8)}, ValueError, "key must have query's 2 heads without enable_gqa, got 1"),
+        ({"query": Z(2, 3, 8)}, ValueError, r"must have shape \(B, H, T, D\), got 3 dimensions"),
+        ({"attn_mask": Z(3, 3).int()}, TypeError, "mask must be bool, float32 or bfloat16, got int32"),
+    ],
+)
+def test_bad_scaled_dot_product_attention(changes, error, message):
+    defaults = {"query": Z(2, 2, 3, 8), "key": Z(2, 2, 3, 8), "value": Z(2, 2, 3, 8)}
+    raises(ops.scaled_dot_product_attention, defaults, changes, error, message)
+
+
+def test_float16_is_refused_by_name():
+    half = Z(1, 3, 2, 8).half()
+    with pytest.raises(TypeError, match="attention: q must be float32 or bfloat16, got float16"):
+        ops.attention(half, half, half)
+    with pytest.raises(TypeError, match="attention_decode: q must be float32 or bfloat16, got float16"):
+        ops.attention_decode(half, half, half, lengths=torch.tensor([3]).int())

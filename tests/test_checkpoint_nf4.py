@@ -1,0 +1,199 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import SMALL, assert_same_model, edit_tensors, small
+from compare import assert_same_bits
+from safetensors.torch import load_file
+from torch import nn
+
+from llamakern.checkpoint import from_pretrained, save_pretrained
+from llamakern.model import Llama
+from llamakern.nn import NF4Linear, quantize_
+from llamakern.ops.nf4 import dynamic_map
+
+
+def test_quantise_while_loading(tmp_path):
+    model = small(tie_embeddings=True)
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path, quantize="nf4")
+    assert type(loaded.lm_head) is nn.Linear
+    assert_same_model(loaded, quantize_(model))
+    loaded = from_pretrained(tmp_path, quantize="nf4", quantize_head=True)
+    assert isinstance(loaded.lm_head, NF4Linear)
+    assert not loaded.config.tie_embeddings
+    assert type(loaded.embed_tokens) is nn.Embedding
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["body", "head"])
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_nf4_folder_is_bitsandbytes_and_loads_again(tmp_path, head, double_quant, dtype):
+    model = quantize_(small().to(dtype), double_quant=double_quant, skip=() if head else ("lm_head",))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    prefix = "model.layers.1.mlp.down_proj.weight"  # 64 x 44: its blocks cross rows
+    state = json.loads(bytes(tensors[f"{prefix}.quant_state.bitsandbytes__nf4"].tolist()))
+    name = str(dtype).removeprefix("torch.")
+    assert {k: state[k] for k in ("quant_type", "blocksize", "dtype", "shape")} == {
+        "quant_type": "nf4", "blocksize": 64, "dtype": name, "shape": [64, 44],
+    }  # fmt: skip
+    assert tensors[prefix].shape == (64 * 44 // 2, 1)
+    assert tensors[f"{prefix}.absmax"].shape == (44,)
+    assert tensors[f"{prefix}.quant_map"].shape == (16,)
+    assert (f"{prefix}.nested_absmax" in tensors) == double_quant
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bnb_4bit_use_double_quant"]) == ("bitsandbytes", double_quant)
+    loaded = from_pretrained(tmp_path)
+    assert isinstance(loaded.lm_head, NF4Linear) == head
+    assert_same_model(loaded, model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_dynamic_map_is_that_of_bitsandbytes(data_dir):
+    want = np.load(data_dir / "vectors" / "nf4_bitsandbytes.npz")["dq_code256"]
+    assert_same_bits(dynamic_map(), torch.from_numpy(want))
+
+
+NF4 = "model.layers.0.mlp.up_proj.weight"
+
+
+def new_state(**change):
+    def edit(tensors):
+        key = f"{NF4}.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(tensors[key].tolist())) | change
+        tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    return edit
+
+
+NF4_DAMAGE = [
+    (lambda t: t.pop(NF4), "up_proj.weight must be stored with its quant_state, got none"),
+    (
+        lambda t: t.pop(f"{NF4}.absmax"),
+        "absmax of layers.0.mlp.up_proj.weight must have 44 values of float32, got none",
+    ),
+    (
+        lambda t: t.update({NF4: t[NF4][:-1].clone()}),
+        r"weight of .* must have 1408 values of uint8, got \[1407, 1\] uint8",
+    ),
+    (lambda t: t[f"{NF4}.quant_map"].mul_(2), "quant_map must be the NF4 code book of bitsandbytes"),
+    (new_state(shape=[10**9, 10**9]), r"up_proj.weight must have shape \[44, 64\]"),
+    (new_state(shape="wide"), "must be a bitsandbytes quant_state"),
+    (new_state(blocksize=0), "must be nf4 with nested blocks of 256"),
+    (new_state(quant_type="fp4"), "must be nf4 with nested blocks of 256"),
+    (lambda t: t[f"{NF4}.quant_state.bitsandbytes__nf4"].zero_(), "must be a bitsandbytes quant_state"),
+    (lambda t: t.update({f"{NF4}.more": torch.ones(1)}), r"unexpected \[layers.0.mlp.up_proj.weight.more\]"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), NF4_DAMAGE)
+def test_damaged_nf4_is_named(tmp_path, edit, message):
+    quantize_(small()).save_pretrained(tmp_path)
+    edit_tensors(tmp_path, edit)
+    with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
+        from_pretrained(tmp_path)
+
+
+def test_a_packed_embedding_is_refused(tmp_path):
+    model = quantize_(small(tie_embeddings=True), skip=())
+    model.save_pretrained(tmp_path)
+
+    def move(tensors):
+        for key in [k for k in tensors if k.startswith("lm_head")]:
+            tensors["model.embed_tokens" + key.removeprefix("lm_head")] = tensors.pop(key)
+        tensors["lm_head.weight"] = torch.zeros(37, 64)
+
+    edit_tensors(tmp_path, move)
+    with pytest.raises(ValueError, match=r"checkpoint: embed_tokens.weight must be dense, got a packed NF4 weight"):
+        from_pretrained(tmp_path)
+
+
+PEAK = """
+import resource, sys
+from llamakern.model import Llama
+Llama.from_pretrained({start!r}, quantize="nf4")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Llama.from_pretrained({path!r}, quantize="nf4")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts KiB only on Linux")
+def test_peak_memory_of_quantising_while_loading(tmp_path):
+    """98 MiB of dense blocks become 14 MiB; beside them stand the embedding and one tensor at a time."""
+    config = SMALL.replace(dim=1024, n_layers=8, n_heads=16, n_kv_heads=16, hidden_dim=2816 // 4, vocab_size=64)
+    model = Llama(config.replace(n_layers=1))
+    model.save_pretrained(tmp_path / "start")
+    model = Llama(config)
+    dense = sum(p.nbytes for p in model.layers.parameters())
+    largest = max(p.nbytes for p in model.layers.parameters())
+    save_pretrained(model, tmp_path / "model", max_shard_bytes=dense // 3)
+    code = PEAK.format(start=str(tmp_path / "start"), path=str(tmp_path / "model"))
+    # glibc gives large blocks pages of their own, and gives them back; here "large" must begin below these few MiB.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
+    assert int(out) * 1024 < 0.15 * dense + 4 * largest + 8 * 2**20
+
+
+@pytest.fixture
+def bnb():
+    for name in ("transformers", "accelerate"):
+        pytest.importorskip(name)
+    return pytest.importorskip("bitsandbytes")
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+def test_bitsandbytes_loads_what_is_saved(tmp_path, double_quant, bnb):
+    from transformers import AutoModelForCausalLM
+
+    model = quantize_(small(hidden_dim=128), double_quant=double_quant)
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map="cpu")
+    theirs.train()  # in eval mode bitsandbytes repacks its weights for a bfloat16 kernel
+    tokens = torch.randint(0, 37, (2, 16))
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+def test_what_bitsandbytes_saved_loads(tmp_path, double_quant, bnb):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    small().save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=how, device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "packed")
+    ours = from_pretrained(tmp_path / "packed")
+    packed = {name: m for name, m in ours.named_modules() if isinstance(m, NF4Linear)}
+    assert len(packed) == 14
+    for name, linear in packed.items():
+        weight = theirs.get_submodule(f"model.{name}").weight
+        want = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        # bitsandbytes' CPU decoder is wrong where blocks cross rows.
+        if linear.in_features % 64 == 0:
+            assert_same_bits(linear.dequantize(torch.bfloat16), want, name)
+
+
+def test_nf4_costs_little_on_real_text(data_dir):
+    from llamakern.tokenizer import load_tokenizer
+
+    folder = data_dir / "stories260K"
+    tokenizer = load_tokenizer(folder)
+    text = (data_dir / "tinystories-text" / "tinystories_sample_2MiB.txt").read_text()
+    stories = [s.strip() for s in text.split("<|endoftext|>")][1:41]
+
+    def mean_loss(model):
+        with torch.inference_mode():
+            ids = [torch.tensor([tokenizer.encode(s)[:512]]) for s in stories]
+            return torch.stack([model.loss(i[:, :-1], i[:, 1:]) for i in ids]).mean().item()
+
+    dense, packed = (mean_loss(from_pretrained(folder, quantize=q)) for q in (None, "nf4"))
+    assert dense < 1.4
+    assert packed - dense <= 0.12

@@ -1,0 +1,165 @@
+"""The command line, end to end on a tiny model made here: every verb, its help, and its messages."""
+
+import json
+
+import pytest
+import torch
+
+from llamakern import settings
+from llamakern.cli import main
+from llamakern.config import LlamaConfig
+from llamakern.demo import train_tokenizer
+from llamakern.finetune import FinetuneConfig
+from llamakern.model import Llama
+
+VERBS = ("demo", "finetune", "generate", "quantize", "merge", "info")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folder of a random model with a sentencepiece tokenizer, and a file of tasks."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
+    texts = [f"{a} {b} and {b} {a}" for a in words for b in words]
+    train_tokenizer(texts, 300, folder / "base" / "tokenizer.model")
+    torch.manual_seed(0)
+    config = LlamaConfig(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=64, vocab_size=300, max_seq_len=64)
+    Llama(config).save_pretrained(folder / "base")
+    tasks = [{"q": f"say {a}", "a": f"{a} {a}"} for a in words]
+    (folder / "tasks.jsonl").write_text("\n".join(json.dumps(t) for t in tasks))
+    return folder
+
+
+def words(tiny, out, *more):
+    return [
+        "finetune", "--base", str(tiny / "base"), "--data", str(tiny / "tasks.jsonl"), f"out={out}", "max_len=64",
+        "--fields", "instruction=q,output=a", "template=plain", "steps=6", "lr=1e-2", "batch_size=4", "rank=4",
+        "eval_fraction=0.25", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "-h"])
+    assert stop.value.code == 0
+    assert f"example:\n  llamakern {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_finetune_generate_merge(tiny, tmp_path, capsys, method):
+    out = tmp_path / "run"
+    assert main(words(tiny, out, f"method={method}")) == 0
+    result = json.loads((out / "run.json").read_text())
+    assert result["result"]["steps"] == 6
+    assert result["settings"]["method"] == method
+    assert set(result["hashes"]) == {"base", "data", "adapter"}
+    assert result["environment"]["torch"]
+    assert {p.name for p in out.iterdir()} >= {"run.json", "metrics.jsonl", "adapter", "checkpoints", "loss.png"}
+
+    quantize = ["--quantize", "nf4"] if method == "qlora" else []
+    base, adapter = str(tiny / "base"), str(out / "adapter")
+    capsys.readouterr()
+    generate = ["generate", base, "--adapter", adapter, "--prompt", "say cat", "--max-new-tokens", "5", *quantize]
+    texts = []
+    for _ in range(2):
+        assert main(generate) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+    assert main(["merge", base, adapter, str(tmp_path / "merged"), *quantize, "--to", "float32"]) == 0
+    assert "merging changed the logits of" in capsys.readouterr().out
+    assert main(["generate", str(tmp_path / "merged"), "--prompt", "say cat", "--max-new-tokens", "3"]) == 0
+
+
+def test_reproduce(tiny, tmp_path, capsys):
+    assert main(words(tiny, tmp_path / "run")) == 0
+    file = tmp_path / "run" / "run.json"
+    assert main(["finetune", "--reproduce", str(file)]) == 0
+    assert "the adapter is the same" in capsys.readouterr().out
+    run = json.loads(file.read_text())
+    run["hashes"]["adapter"] = "other"
+    file.write_text(json.dumps(run))
+    assert main(["finetune", "--reproduce", str(file)]) == 1
+    assert "hashes must equal those of" in capsys.readouterr().err
+
+
+def test_same_command_again_goes_on_and_other_settings_are_refused(tiny, tmp_path, capsys):
+    assert main(words(tiny, tmp_path)) == 0
+    adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert main(words(tiny, tmp_path)) == 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert main(words(tiny, tmp_path, "lr=1")) == 1
+    assert "settings must equal those of the run" in capsys.readouterr().err
+
+
+def test_dry_run_shows_all_and_writes_nothing(tiny, tmp_path, capsys):
+    assert main(words(tiny, tmp_path / "run", "--dry-run")) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "<begin>say red\n[[red red<end>]]",
+        "Tokens per example:",
+        "8 examples, 0 truncated to 64 tokens, 0 fully masked",
+        "trainable parameters in 28 tensors",
+        "frozen weights",
+        "largest batch_size that fits: about",
+        "6 steps of",
+    ):
+        assert part in shown, part
+    assert not (tmp_path / "run").exists()
+    assert main(words(tiny, tmp_path / "run", "--dry-run", "max_len=4")) == 1
+    error = capsys.readouterr()
+    assert "fully masked" in error.out
+    assert "every example must keep an answer within max_len" in error.err
+
+
+def test_quantize_writes_a_folder_that_loads(tiny, tmp_path, capsys):
+    assert main(["quantize", str(tiny / "base"), str(tmp_path / "q")]) == 0
+    assert main(["generate", str(tmp_path / "q"), "--prompt", "red", "--max-new-tokens", "2"]) == 0
+    assert "MB" in capsys.readouterr().out
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["finetune", "rnak=4"], "unknown key rnak; did you mean rank?"),
+        (["finetune", "--rnak", "4"], "unknown key rnak; did you mean rank?"),
+        (["finetune", "rank=four"], "settings: rank must be int, got 'four'"),
+        (["finetune", "none.yaml"], "settings: config must be a YAML file, got none.yaml"),
+        (["finetune", "data=x"], "finetune: base must be given, as base=... or --base ..."),
+        (["finetune", "base=a", "data=b", "method=magic"], r"method must be one of ['lora', 'qlora'], got 'magic'"),
+        (["finetune", "base=/nowhere/at/all", "data=b"], "/nowhere/at/all"),
+        (["merge", "/nowhere", "a", "b"], "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, capsys):
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"llamakern {argv[0]}: ")
+    assert error.count("\n") == 1
+
+
+def test_settings_file_then_words_then_flags(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "base: b\ndata: d\nlr: 1e-4\nrank: 4\npacking: false\nfields: {output: a}\ntargets: [q_proj, v_proj]\n"
+    )
+    config = settings.build(FinetuneConfig, file, ["rank=8", "steps=none"])
+    assert (config.lr, config.rank, config.packing, config.steps) == (1e-4, 8, False, None)
+    assert config.targets == ("q_proj", "v_proj")
+    assert config.fields == {"output": "a"}
+    assert main(["finetune", str(file), "--rank", "2", "--print-settings", "alpha=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "rank: 2\n" in shown
+    assert "alpha: 3.0\n" in shown
+    assert "lr: 0.0001\n" in shown
+    for content, message in (("- 1\n", "must hold key: value lines, got list"), ("a: [", "must be YAML")):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            settings.build(FinetuneConfig, file, [])

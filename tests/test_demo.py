@@ -1,0 +1,48 @@
+"""The demo, whole but small: every promise of summary.json and of the folder."""
+
+import json
+
+from llamakern import demo
+from llamakern.config import LlamaConfig
+from llamakern.demo_text import first_sentence
+
+SMALL = LlamaConfig(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=128, vocab_size=512, max_seq_len=256)
+
+
+def test_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "LEAST_STEPS", 40)
+    monkeypatch.setattr(demo, "N_HELD_OUT", 30)
+    short = demo.corpus()
+    monkeypatch.setattr(demo, "corpus", lambda: (short[0][:60], short[1][:300], short[2][:30]))
+    returned = demo.run(tmp_path, minutes=0.0, model=SMALL)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(returned))
+    assert set(summary["methods"]) == {"lora", "qlora"} == set(demo.METHODS)
+    for name, method in summary["methods"].items():
+        assert {"trainable", "loss_before", "loss_after", "tokens_per_s", "seconds"} <= set(method)
+        assert method["loss_after"] < method["loss_before"], name
+        assert (tmp_path / name / "adapter" / "adapter_model.safetensors").is_file()
+        assert (tmp_path / name / "merged" / "config.json").is_file()
+    assert summary["base"]["loss_after"] < summary["base"]["loss_before"]
+    assert summary["base"]["megabytes_nf4"] < summary["base"]["megabytes"]
+    assert summary["peak_memory_mb"] > 0
+    assert len(summary["samples"]) == 4
+    assert all(set(s) == {"true", "before", "lora", "qlora"} for s in summary["samples"].values())
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    assert "method" in shown
+    assert "qlora" in shown
+    assert "peak memory" in shown
+
+
+def test_no_held_out_file_is_trained_on():
+    _, train, held = demo.corpus()
+    assert not {f.file for f in train} & {f.file for f in held}
+    assert len(held) >= 200
+    assert len(train) > 1000
+
+
+def test_first_sentence():
+    assert first_sentence("Return the sum\nof two numbers. And more.\n\nLong.") == "Return the sum of two numbers."
+    assert first_sentence("Short.") is None
+    assert first_sentence("no capital in this sentence.") is None
