@@ -86,10 +86,10 @@ Two nf4_lora_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax
   return {y, h};
 }
 
-// dx is empty where it is not wanted. matrix(T()) is the weight as the kernel takes it.
-template <typename Matrix>
+// dx is empty where it is not wanted. go<T, P>(dx, adapter's part) runs the kernel of the base.
+template <typename Go>
 Three backward(const char* op, const Tensor& dy_, const Tensor& x_, const Tensor& h_, const Adapter& adapter, int64_t N,
-               int64_t K, bool want_dx, const Matrix& matrix) {
+               int64_t K, bool want_dx, const Go& go) {
   const Rows dy = rows_of(op, "dy", "N", dy_, N), x = rows_of(op, "x", "K", x_, K);
   check_same_dtype(op, "x", x_, "dy", dy_);
   check(dy.M == x.M, op, ": x must have the ", dy.M, " rows of dy, got ", shape_text(x_.sizes()));
@@ -98,10 +98,9 @@ Three backward(const char* op, const Tensor& dy_, const Tensor& x_, const Tensor
   const Tensor h = as_contiguous(h_), dx = want_dx ? empty_rows(x_, K, x_.scalar_type()) : empty({0}, x_.scalar_type(), x_);
   const Tensor da = empty({adapter.R, K}, adapter.a.scalar_type(), x_), db = empty({N, adapter.R}, adapter.b.scalar_type(), x_);
   dispatch_lora(op, "dy", dy_, adapter, [&]<typename T, typename P>() {
-    const auto w = matrix(T());
-    run(LoraLinearBackward<T, P, std::decay_t<decltype(w)>>{
-        .dx = want_dx ? ptr<T>(dx) : nullptr, .da = ptr<P>(da), .db = ptr<P>(db), .dy = cptr<T>(dy.t), .dy_row = dy.stride,
-        .x = cptr<T>(x.t), .x_row = x.stride, .h = cptr<float>(h), .w = w, .lora = adapter.get<P>(), .M = x.M});
+    go(want_dx ? ptr<T>(dx) : static_cast<T*>(nullptr),
+       AdapterBackward<T, P>{.da = ptr<P>(da), .db = ptr<P>(db), .dy = cptr<T>(dy.t), .dy_row = dy.stride, .x = cptr<T>(x.t),
+                             .x_row = x.stride, .h = cptr<float>(h), .lora = adapter.get<P>(), .M = x.M, .N = N, .K = K});
   });
   return {dx, da, db};
 }
@@ -114,8 +113,9 @@ Three lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w_, 
   const Tensor w = as_contiguous(w_);
   const int64_t N = w.size(0), K = w.size(1);
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x);
-  return backward(op, dy, x, h, adapter, N, K, want_dx,
-                  [&]<typename T>(T) { return DenseMatrix<T>{.w = cptr<T>(w), .N = N, .K = K}; });
+  return backward(op, dy, x, h, adapter, N, K, want_dx, [&]<typename T, typename P>(T* dx, const AdapterBackward<T, P>& p) {
+    run(LoraLinearBackward<T, P>{.dx = dx, .w = cptr<T>(w), .adapter = p});
+  });
 }
 
 Three nf4_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& absmax,
@@ -125,7 +125,9 @@ Three nf4_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& 
   const char* op = "nf4_lora_linear_backward";
   const Nf4Weight w(op, weight, absmax, absmax_scale, absmax_offset, N, K, block_size);
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x);
-  return backward(op, dy, x, h, adapter, N, K, want_dx, [&](auto) { return w.matrix; });
+  return backward(op, dy, x, h, adapter, N, K, want_dx, [&]<typename T, typename P>(T* dx, const AdapterBackward<T, P>& p) {
+    run(Nf4LoraLinearBackward<T, P>{.dx = dx, .w = w.matrix, .adapter = p});
+  });
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ from llamakern.ops.lora import dropout_mask_reference, lora_linear_reference, nf
 SHAPES = [
     (0, 8, 64, 4),  # no tokens at all
     (1, 8, 64, 4),  # decode: one token
-    (3, 65, 64, 1),  # rank one
+    (12, 65, 64, 1),  # rank one
     (8, 33, 128, 5),  # the last that streams
     (16, 64, 128, 8),  # round numbers
     (17, 33, 192, 5),  # nothing divides the tile

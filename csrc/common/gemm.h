@@ -20,6 +20,7 @@
 namespace llamakern::LK_ISA {
 
 constexpr int64_t kPanelRows = 192;   // rows of a panel, in L2; a multiple of every tile's rows
+constexpr int64_t kBlockWords = 256;  // words of a panel's rows at most
 constexpr int64_t kGroupStrips = 8;   // strips that share a panel once it is filled
 
 template <int MV>
@@ -28,7 +29,7 @@ template <int MV>
 constexpr int kRows = kTileVecs * kTileRows / MV;  // rows of a tile: the same registers for fewer lanes
 static_assert(kPanelRows % kRows<1> == 0 && kPanelRows % kRows<kTileVecs> == 0);
 template <int MV>
-constexpr int kBlock = MV <= kTileVecs / 2 ? 256 : 128;  // words of a block of the reduction: a strip's share stays in L1
+constexpr int kDepth = MV <= kTileVecs / 2 ? 256 : 128;  // words of a block of the reduction: a strip's share stays in L1
 
 // fn<MV>() with the strip that wastes fewest lanes, the widest of equals.
 template <typename Fn>
@@ -89,7 +90,7 @@ void pack_columns(uint32_t* out, const T* x, int64_t ld, int64_t N, int64_t K) {
 // ----------------------------------------------------------------------------------------------- panels
 
 enum class Panel {
-  kByRow,   // [row][kBlock]     fill(out, row, first word, words) writes one row; it may write whole vectors
+  kByRow,   // [row][kDepth]       fill(out, row, first word, words) writes one row; it may write whole vectors
   kByWord,  // [word][kPanelRows]     fill(out, word, first row, rows) writes one word of each row; likewise
 };
 
@@ -128,8 +129,8 @@ template <int MV, Panel kPanel, typename Fill>
 void fill_panel(uint32_t* panel, const Fill& fill, int64_t row, int64_t rows, int64_t word, int64_t words) {
   const int64_t padded = round_up(rows, kRows<MV>);
   if constexpr (kPanel == Panel::kByRow) {
-    for (int64_t r = 0; r < rows; ++r) fill(panel + r * kBlock<MV>, row + r, word, words);
-    if (padded > rows) memset(panel + rows * kBlock<MV>, 0, size_t((padded - rows) * kBlock<MV>) * 4);
+    for (int64_t r = 0; r < rows; ++r) fill(panel + r * kDepth<MV>, row + r, word, words);
+    if (padded > rows) memset(panel + rows * kDepth<MV>, 0, size_t((padded - rows) * kDepth<MV>) * 4);
   } else {
     for (int64_t w = 0; w < words; ++w) {
       if (padded > rows) memset(panel + w * kPanelRows, 0, size_t(padded) * 4);
@@ -141,7 +142,7 @@ void fill_panel(uint32_t* panel, const Fill& fill, int64_t row, int64_t rows, in
 // C[rows][width] = (add ? C : 0) + panel · strip, for rows up to a whole tile.
 template <typename W, int MV, Panel kPanel>
 void multiply(float* c, bool add, const uint32_t* strip, const uint32_t* panel, int64_t rows, int64_t words) {
-  constexpr int RS = kPanel == Panel::kByRow ? kBlock<MV> : 1, KS = kPanel == Panel::kByRow ? 1 : kPanelRows;
+  constexpr int RS = kPanel == Panel::kByRow ? kDepth<MV> : 1, KS = kPanel == Panel::kByRow ? 1 : kPanelRows;
   for (int64_t r = 0; r < rows; r += kRows<MV>)
     tile<W, MV, kRows<MV>, RS, KS>(c + r * kWidth<MV>, kWidth<MV>, add, strip, kWidth<MV>, panel + r * RS, words);
 }
@@ -197,13 +198,13 @@ void accumulate(float* c, bool& add, uint32_t* panel, const Segment<Fill, After>
                 int64_t row, int64_t rows) {
   constexpr int64_t width = kWidth<MV>, tile_rows = kRows<MV>;
   const int64_t padded = round_up(rows, tile_rows), c_strip = padded * width;
-  for (int64_t word = 0; word < segment.words; word += kBlock<MV>) {
-    const int64_t words = min64(segment.words - word, kBlock<MV>);
+  for (int64_t word = 0; word < segment.words; word += kDepth<MV>) {
+    const int64_t words = min64(segment.words - word, kDepth<MV>);
     const auto block = [&](int64_t s) { return segment.lanes + ((strip + s) * segment.words + word) * width; };
     // The first strip multiplies rows while they are fresh in L1; the others find the whole panel in L2.
     const int64_t step = kPanel == Panel::kByRow ? tile_rows : padded;
     for (int64_t r = 0; r < padded; r += step) {
-      uint32_t* part = panel + r * kBlock<MV>;
+      uint32_t* part = panel + r * kDepth<MV>;
       fill_panel<MV, kPanel>(part, segment.fill, row + r, min64(rows - r, step), word, words);
       multiply<W, MV, kPanel>(c + r * width, add, block(0), part, step, words);
     }
@@ -227,7 +228,7 @@ void gemm(int64_t lanes, int64_t rows, const Store& store, const Segments&... se
     const int64_t row = task / groups * panel_rows, here = min64(rows - row, panel_rows);
     const int64_t c_strip = round_up(here, kRows<MV>) * width;
     if (count <= 0) return;
-    Scratch<uint32_t> panel(kPanelRows * kBlock<MV>);
+    Scratch<uint32_t> panel(kPanelRows * kBlockWords);
     Scratch<float> c(count * c_strip);
     bool add = false;
     (accumulate<W, MV, kPanel>(c, add, panel, segments, strip, count, row, here), ...);

@@ -70,25 +70,31 @@ struct Nf4LoraLinear {
   int64_t M;
 };
 
-template <typename T>
-struct DenseMatrix {  // [N, K], rows one after the other
-  const T* w;
-  int64_t N, K;
-};
-
-// Weight is DenseMatrix<T> or Nf4Matrix.
-template <typename T, typename P, typename Weight>
-struct LoraLinearBackward {
-  T* dx;          // [M, K]  out, or null
+// dA and dB: the same whatever the base is.
+template <typename T, typename P>
+struct AdapterBackward {
   P *da, *db;     // [R, K], [N, R]  out
   const T* dy;    // [M, N]  row stride dy_row
   int64_t dy_row;
   const T* x;     // [M, K]  row stride x_row
   int64_t x_row;
   const float* h;  // [M, R]
-  Weight w;
   Lora<P> lora;
-  int64_t M;
+  int64_t M, N, K;
+};
+
+template <typename T, typename P>
+struct LoraLinearBackward {
+  T* dx;       // [M, K]  out, or null
+  const T* w;  // [N, K]
+  AdapterBackward<T, P> adapter;
+};
+
+template <typename T, typename P>
+struct Nf4LoraLinearBackward {
+  T* dx;  // [M, K]  out, or null
+  Nf4Matrix w;
+  AdapterBackward<T, P> adapter;
 };
 
 }  // namespace llamakern

@@ -200,19 +200,11 @@ static void nf4_lora_linear(const Nf4LoraLinear<T, P>& p) {
 
 // --------------------------------------------------------------------------------------------- backward
 
-template <typename W, typename T>
-static DenseColumns<W, T> columns(const DenseMatrix<T>& w) {
-  return {w.w, w.K, w.N};
-}
-template <typename W, typename T>
-static Nf4Columns<W> columns(const Nf4Matrix& w) {
-  return {w};
-}
-
 // dA [R][K] = scale·gᵀ drop(x) and dB [N][R] = scale·dyᵀ h: lanes are the R columns of g or h, rows the columns of x or dy.
-template <typename W, typename T, typename P, typename Weight>
-static void adapter_gradients(const LoraLinearBackward<T, P, Weight>& p, const float* g) {
-  const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.lora.R;
+template <typename T, typename P>
+static void adapter_gradients(const AdapterBackward<T, P>& p, const float* g) {
+  using W = Words<T>;
+  const int64_t M = p.M, N = p.N, K = p.K, R = p.lora.R;
   const Dropout& drop = p.lora.drop;
   with_strips(R, [&]<int MV>() {
     constexpr int64_t width = kWidth<MV>;
@@ -240,10 +232,11 @@ static void adapter_gradients(const LoraLinearBackward<T, P, Weight>& p, const f
   });
 }
 
-template <typename T, typename P, typename Weight>
-static void lora_linear_backward(const LoraLinearBackward<T, P, Weight>& p) {
+// g = dy B, then dx = drop(s·g A) + dy W with the columns of W from `w`, then dA and dB.
+template <typename T, typename P, typename Columns>
+static void backward(T* dx, const Columns& w, const AdapterBackward<T, P>& p) {
   using W = Words<T>;
-  const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.lora.R;
+  const int64_t M = p.M, N = p.N, K = p.K, R = p.lora.R;
   Scratch<float> g(M * R);
   with_strips(M, [&]<int MV>() {
     Scratch<uint32_t> lanes(packed_size<W, MV>(M, N)), g_lanes(packed_size<W, MV>(M, R));
@@ -251,38 +244,31 @@ static void lora_linear_backward(const LoraLinearBackward<T, P, Weight>& p) {
     const float scale = p.lora.scale * p.lora.drop.keep_scale;
     gemm<W, MV, Panel::kByWord>(M, R, StoreNarrow<W, MV>{g, g_lanes, M, R, 1.0f, scale},
                                 Segment{lanes, words_of<W>(N), DenseColumns<W, P>{p.lora.b, R, N}});
-    if (!p.dx) return;
-    gemm<W, MV, Panel::kByWord>(M, K, StoreTokens<MV, T>{p.dx, M, K, {}},
+    if (!dx) return;
+    gemm<W, MV, Panel::kByWord>(M, K, StoreTokens<MV, T>{dx, M, K, {}},
                                 Segment{g_lanes, words_of<W>(R), DenseColumns<W, P>{p.lora.a, K, R}, DropC<MV>{p.lora.drop}},
-                                Segment{lanes, words_of<W>(N), columns<W, T>(p.w)});
+                                Segment{lanes, words_of<W>(N), w});
   });
-  adapter_gradients<W>(p, g);
+  adapter_gradients(p, g.get());
 }
 
-template <typename T>
-using DenseBackward = LoraLinearBackward<T, T, DenseMatrix<T>>;
-template <typename T>
-using Nf4Backward = LoraLinearBackward<T, T, Nf4Matrix>;
-using DenseBackwardMixed = LoraLinearBackward<bfloat16, float, DenseMatrix<bfloat16>>;
-using Nf4BackwardMixed = LoraLinearBackward<bfloat16, float, Nf4Matrix>;
-using LoraLinearFloat = LoraLinear<float, float>;
-using LoraLinearHalf = LoraLinear<bfloat16, bfloat16>;
-using LoraLinearMixed = LoraLinear<bfloat16, float>;
-using Nf4LoraLinearFloat = Nf4LoraLinear<float, float>;
-using Nf4LoraLinearHalf = Nf4LoraLinear<bfloat16, bfloat16>;
-using Nf4LoraLinearMixed = Nf4LoraLinear<bfloat16, float>;
+template <typename T, typename P>
+static void lora_linear_backward(const LoraLinearBackward<T, P>& p) {
+  backward(p.dx, DenseColumns<Words<T>, T>{p.w, p.adapter.K, p.adapter.N}, p.adapter);
+}
 
-LK_KERNEL(LoraLinearFloat, lora_linear);
-LK_KERNEL(LoraLinearHalf, lora_linear);
-LK_KERNEL(LoraLinearMixed, lora_linear);
-LK_KERNEL(Nf4LoraLinearFloat, nf4_lora_linear);
-LK_KERNEL(Nf4LoraLinearHalf, nf4_lora_linear);
-LK_KERNEL(Nf4LoraLinearMixed, nf4_lora_linear);
-LK_KERNEL(DenseBackward<float>, lora_linear_backward);
-LK_KERNEL(DenseBackward<bfloat16>, lora_linear_backward);
-LK_KERNEL(DenseBackwardMixed, lora_linear_backward);
-LK_KERNEL(Nf4Backward<float>, lora_linear_backward);
-LK_KERNEL(Nf4Backward<bfloat16>, lora_linear_backward);
-LK_KERNEL(Nf4BackwardMixed, lora_linear_backward);
+template <typename T, typename P>
+static void nf4_lora_linear_backward(const Nf4LoraLinearBackward<T, P>& p) {
+  backward(p.dx, Nf4Columns<Words<T>>{p.w}, p.adapter);
+}
+
+#define LK_LORA_KERNELS(T, P)                                                                  \
+  static const File<LoraLinear<T, P>> lora_##T##_##P(kThisIsa, &lora_linear);                  \
+  static const File<Nf4LoraLinear<T, P>> nf4_lora_##T##_##P(kThisIsa, &nf4_lora_linear);       \
+  static const File<LoraLinearBackward<T, P>> lora_b_##T##_##P(kThisIsa, &lora_linear_backward); \
+  static const File<Nf4LoraLinearBackward<T, P>> nf4_lora_b_##T##_##P(kThisIsa, &nf4_lora_linear_backward)
+LK_LORA_KERNELS(float, float);
+LK_LORA_KERNELS(bfloat16, bfloat16);
+LK_LORA_KERNELS(bfloat16, float);
 
 }  // namespace llamakern::LK_ISA
