@@ -59,13 +59,6 @@ struct PairWords {
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, next));
     return (IVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
-  static IVec across(const bfloat16* p, const bfloat16* next, int64_t left) {
-    const __mmask16 there = first(lanes_left(left));
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p));
-    if (!next) return (IVec)low;
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, next));
-    return (IVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-  }
   static IVec join(Vec k, Vec next) {
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)k);  // k in the lower 16 places
     const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(0x00100000), (__m512i)(lane_numbers() * 0x00010001));
