@@ -26,7 +26,7 @@ def uneven(like):
     """An upstream gradient that differs in every element: a constant one hides transposed and dropped terms."""
     n = like.numel()
     i = torch.arange(n, dtype=torch.float64)
-    wave = torch.cos(i * 0.7) + 2 * i / max(n, 1) - 0.7  # 0.3, not 0, for a single number
+    wave = torch.cos(i * 0.7) + 2 * i / max(n, 1) - int(n > 1)  # 1, not 0, for a single number
     return wave.reshape(like.shape).to(like)
 
 

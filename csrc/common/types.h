@@ -6,7 +6,7 @@
 #ifdef __CUDACC__
 #define LK_HD __host__ __device__ inline
 #else
-#define LK_HD inline
+#define LK_HD inline __attribute__((always_inline))  // a symbol of its own would carry one set's instructions to others
 #endif
 
 namespace llamakern {

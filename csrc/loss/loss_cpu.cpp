@@ -7,8 +7,8 @@
 
 namespace llamakern::LK_ISA {
 
-constexpr int64_t kChunkBytes = int64_t(32) << 20;  // of P
-constexpr int64_t kBlock = kPanelRows;              // vocabulary rows of one block
+constexpr int64_t kChunkBytes = int64_t(32) << 20;  // of P, see linear_cross_entropy
+constexpr int64_t kVocabBlock = kPanelRows;         // vocabulary rows of one block
 
 // Element k of each word.
 template <typename W>
@@ -25,7 +25,7 @@ struct Chunk {
   const LinearCrossEntropy<T>& p;
   const int64_t* tokens;  // rows of h
   const int64_t count, lanes = round_up(count, width), strips = lanes / width;
-  const int64_t blocks = ceil_div(p.V, kBlock), words = words_of<W>(p.V);
+  const int64_t blocks = ceil_div(p.V, kVocabBlock), words = words_of<W>(p.V);
   const bool backward = p.dh || p.dw;
 
   Scratch<T> h{count * p.C};                                  // [count][C]
@@ -39,7 +39,7 @@ struct Chunk {
   uint32_t* word(int64_t lane, int64_t v) {
     return probs.get() + (lane / width * words + v / W::kPer) * width + lane % width;
   }
-  int64_t end_of(int64_t block) const { return min64(p.V, (block + 1) * kBlock); }
+  int64_t end_of(int64_t block) const { return min64(p.V, (block + 1) * kVocabBlock); }
 };
 
 template <typename T>
@@ -54,7 +54,7 @@ template <typename T, int MV>
 static void take_scores(Chunk<T, MV>& k, const float* c, int64_t block, int64_t strip) {
   using W = Words<T>;
   constexpr int64_t width = kWidth<MV>;
-  const int64_t first = block * kBlock, rows = k.end_of(block) - first;
+  const int64_t first = block * kVocabBlock, rows = k.end_of(block) - first;
   for (int64_t lane = strip * width; lane < (strip + 1) * width; lane += kLanes, c += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
       const int64_t row = k.label(lane + i) - first;
@@ -82,13 +82,13 @@ static void scores(Chunk<T, MV>& k) {
   pack_rows<W, MV>(lanes, k.h.get(), k.p.C, k.count, k.p.C);
   const Segment segment{lanes.get(), words, DenseRows<W, T>{k.p.w, k.p.w_row, k.p.C}};
   parallel_for(k.blocks, [&](int64_t block) {
-    const int64_t rows = k.end_of(block) - block * kBlock, c_strip = round_up(rows, kRows<MV>) * width;
-    Scratch<uint32_t> panel(kPanelRows * kBlockWords);
+    const int64_t rows = k.end_of(block) - block * kVocabBlock, c_strip = round_up(rows, kRows<MV>) * width;
+    Scratch<uint32_t> panel(kPanelRows * kBlock<MV>);
     Scratch<float> c(min64(k.strips, kGroupStrips) * c_strip);
     for (int64_t strip = 0; strip < k.strips; strip += kGroupStrips) {
       const int64_t here = min64(k.strips - strip, kGroupStrips);
       bool add = false;
-      accumulate<W, MV, Panel::kByRow>(c, add, panel, segment, strip, here, block * kBlock, rows);
+      accumulate<W, MV, Panel::kByRow>(c, add, panel, segment, strip, here, block * kVocabBlock, rows);
       if (!add) memset(c, 0, size_t(here * c_strip) * 4);  // C = 0
       for (int64_t s = 0; s < here; ++s) take_scores(k, c + s * c_strip, block, strip + s);
     }
@@ -117,7 +117,7 @@ template <typename T, int MV>
 static void probabilities(Chunk<T, MV>& k) {
   using W = Words<T>;
   parallel_for(k.blocks * k.strips, [&](int64_t task) {
-    const int64_t block = task % k.blocks, strip = task / k.blocks, first = block * kBlock;
+    const int64_t block = task % k.blocks, strip = task / k.blocks, first = block * kVocabBlock;
     for (int64_t lane = strip * k.width; lane < (strip + 1) * k.width; lane += kLanes) {
       const Vec scale = load(k.total + block * k.lanes + lane);
       for (int64_t v = first; v < k.end_of(block); v += W::kPer) {
@@ -142,11 +142,7 @@ static void input_gradient(Chunk<T, MV>& k) {
   using W = Words<T>;
   const auto& p = k.p;
   Scratch<T> dh(k.count * p.C);
-  const auto store_block = [&](const float* c, int64_t strip, int64_t row, int64_t rows) {
-    unpack_lanes(dh + strip * k.width * p.C + row, p.C, c, k.width, rows, min64(k.count - strip * k.width, k.width),
-                 [](int64_t, int64_t, Vec x) { return x; });
-  };
-  gemm<W, MV, Panel::kByWord>(k.count, p.C, store_block,
+  gemm<W, MV, Panel::kByWord>(k.count, p.C, StoreTokens<MV, T>{dh, k.count, p.C, {}},
                               Segment{k.probs.get(), k.words, DenseColumns<W, T>{p.w, p.w_row, p.V}});
   parallel_ranges(k.count, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) memcpy(p.dh + k.tokens[i] * p.C, dh + i * p.C, size_t(p.C) * sizeof(T));
@@ -213,10 +209,13 @@ static void linear_cross_entropy(const LinearCrossEntropy<T>& p) {
   }
   if (p.dw && count == 0) memset(p.dw, 0, size_t(p.V * p.C) * sizeof(T));
 
-  const int64_t at_once = max64(kStrip, kChunkBytes / (4 * words_of<Words<T>>(p.V)) / kStrip * kStrip);
+  // A bfloat16 dW that is summed over chunks needs `low`. Tokens whose P takes no more memory than that go at once.
+  const int64_t low_size = p.dw && sizeof(T) == 2 ? p.V * p.C : 0;
+  const int64_t budget = max64(kChunkBytes, low_size * int64_t(sizeof(T)));
+  const int64_t at_once = max64(kStrip, budget / (4 * words_of<Words<T>>(p.V)) / kStrip * kStrip);
   const int64_t chunks = ceil_div(count, at_once), size = round_up(ceil_div(count, max64(1, chunks)), kStrip);
-  Scratch<T> low(p.dw && chunks > 1 && sizeof(T) == 2 ? p.V * p.C : 0);
-  T* const rest = p.dw && chunks > 1 && sizeof(T) == 2 ? low.get() : nullptr;
+  Scratch<T> low(chunks > 1 ? low_size : 0);
+  T* const rest = chunks > 1 && low_size ? low.get() : nullptr;
   for (int64_t from = 0; from < count; from += size)
     with_strips(min64(size, count - from), [&]<int MV>() {
       Chunk<T, MV> k(p, tokens + from, min64(size, count - from));

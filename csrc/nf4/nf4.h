@@ -72,7 +72,7 @@ struct Nf4Matrix {              // [N, K]
   int64_t N, K;
   int block_shift;              // block_size = 2^block_shift
 
-  float block_scale(int64_t block) const {
+  LK_HD float block_scale(int64_t block) const {
     if (absmax) return absmax[block];
     const float level = kDynamicMap.value[absmax_codes[block]];
     return rounded(level * absmax_scale[block / kAbsmaxBlock]) + *absmax_offset;
