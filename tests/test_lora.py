@@ -213,7 +213,11 @@ def test_double_backward_raises(base):
     ("changes", "error", "message"),
     [
         ({"x": torch.zeros(2, 32)}, ValueError, r"x must have shape \(..., K\) with K = 64, got \[2, 32\]"),
-        ({"x": torch.zeros(2, 64).half()}, TypeError, "x must be float32 or bfloat16, got float16|w must be float16 like x"),
+        (
+            {"x": torch.zeros(2, 64).half()},
+            TypeError,
+            "x must be float32 or bfloat16, got float16|w must be float16 like x",
+        ),
         ({"lora_a": torch.zeros(4, 32)}, ValueError, r"lora_a must have shape \[4, 64\], got \[4, 32\]"),
         ({"lora_b": torch.zeros(8, 5)}, ValueError, r"lora_b must have shape \[8, 4\], got \[8, 5\]"),
         ({"lora_a": torch.zeros(4, 64).bfloat16()}, TypeError, "lora_a must be float32 like x, got bfloat16"),
