@@ -1,7 +1,6 @@
-// torch.ops.llamakern.attention, attention_backward, attention_decode, cache_append_: check, allocate, fill the params, run.
+// torch.ops.llamakern.attention, attention_backward, attention_decode, cache_append_: check, allocate, fill the params,
+// run.
 #include "../csrc/attention/attention.h"
-
-#include <cmath>
 
 #include "tensor.h"
 
@@ -25,7 +24,8 @@ Heads<T> heads(const Tensor& x) {
   return {ptr<std::remove_const_t<T>>(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-void check_heads(const char* op, const Tensor& q, const char* k_name, const Tensor& k, const char* v_name, const Tensor& v) {
+void check_heads(const char* op, const Tensor& q, const char* k_name, const Tensor& k, const char* v_name,
+                 const Tensor& v) {
   check(q.dim() == 4, op, ": q must have shape (B, T, H, D), got ", shape_text(q.sizes()));
   check(k.dim() == 4, op, ": ", k_name, " must have 4 dimensions, got ", shape_text(k.sizes()));
   const int64_t H = q.size(2), D = q.size(3), Hkv = k.size(2);
@@ -59,14 +59,19 @@ Mask make_mask(const char* op, const MaybeTensor& mask, const Tensor& q, const T
   }
   check(fits, op, ": mask must be broadcastable to [", want[0], ", ", want[1], ", ", want[2], ", ", want[3], "], got ",
         shape_text(mask->sizes()));
-  Mask m{.kind = Mask::kBool, .data = mask->const_data_ptr(),
-         .batch = stride[0], .head = stride[1], .token = stride[2], .key = stride[3]};
+  Mask m{.kind = Mask::kBool,
+         .data = mask->const_data_ptr(),
+         .batch = stride[0],
+         .head = stride[1],
+         .token = stride[2],
+         .key = stride[3]};
   switch (mask->scalar_type()) {
     case ScalarType::Bool: m.kind = Mask::kBool; break;
     case ScalarType::Float: m.kind = Mask::kFloat; break;
     case ScalarType::BFloat16: m.kind = Mask::kBfloat16; break;
     default:
-      throw_type_error(std::string(op) + ": mask must be bool, float32 or bfloat16, got " + dtype_name(mask->scalar_type()));
+      throw_type_error(std::string(op) + ": mask must be bool, float32 or bfloat16, got " +
+                       dtype_name(mask->scalar_type()));
   }
   return m;
 }
@@ -74,7 +79,8 @@ Mask make_mask(const char* op, const MaybeTensor& mask, const Tensor& q, const T
 Tensor check_starts(const char* op, const char* name, const Tensor& starts, const Tensor& q, int64_t tokens) {
   check_same_device(op, name, starts, "q", q);
   check_dtype(op, name, starts, ScalarType::Int);
-  check(starts.dim() == 1 && starts.size(0) >= 1, op, ": ", name, " must have shape (n+1,), got ", shape_text(starts.sizes()));
+  check(starts.dim() == 1 && starts.size(0) >= 1, op, ": ", name, " must have shape (n+1,), got ",
+        shape_text(starts.sizes()));
   const Tensor flat = as_contiguous(starts);
   const int32_t* at = cptr<int32_t>(flat);
   const int64_t n = flat.size(0) - 1;
@@ -89,10 +95,16 @@ Call make_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v
                const MaybeTensor& cu_seqlens_k, bool top_left) {
   check_heads(op, q, "k", k, "v", v);
   check_shape(op, "k", k, {q.size(0), k.size(1), k.size(2), q.size(3)});
-  Call call{.q = inner_contiguous(q), .k = inner_contiguous(k), .v = inner_contiguous(v), .mask = mask,
-            .starts_q = std::nullopt, .starts_k = std::nullopt, .lengths = std::nullopt, .block_table = std::nullopt,
+  Call call{.q = inner_contiguous(q),
+            .k = inner_contiguous(k),
+            .v = inner_contiguous(v),
+            .mask = mask,
+            .starts_q = std::nullopt,
+            .starts_k = std::nullopt,
+            .lengths = std::nullopt,
+            .block_table = std::nullopt,
             .sight = make_sight(op, causal, top_left, window, chunk),
-            .scale = float(scale ? *scale : 1.0 / std::sqrt(double(q.size(3))))};
+            .scale = scale ? float(*scale) : default_scale(q.size(3))};
   check(cu_seqlens_q || !cu_seqlens_k, op, ": cu_seqlens_k must come with cu_seqlens_q");
   if (cu_seqlens_q) {
     check(q.size(0) == 1, op, ": q must have B = 1 where cu_seqlens_q is given, got ", q.size(0));
@@ -106,12 +118,24 @@ Call make_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v
 template <typename T>
 Attended<T> attended(const char* op, const Call& c) {
   const int64_t B = c.q.size(0), width = c.block_table ? c.block_table->size(1) : 0;
-  return {.q = heads<const T>(c.q), .k = heads<const T>(c.k), .v = heads<const T>(c.v),
-          .starts_q = cptr<int32_t>(c.starts_q), .starts_k = cptr<int32_t>(c.starts_k),
-          .lengths = cptr<int32_t>(c.lengths), .block_table = cptr<int32_t>(c.block_table),
-          .table_width = width, .block = c.k.size(1), .mask = make_mask(op, c.mask, c.q, c.k), .sight = c.sight,
-          .scale = c.scale, .sequences = c.starts_q ? c.starts_q->size(0) - 1 : B,
-          .T_ = c.q.size(1), .S = c.k.size(1), .H = c.q.size(2), .Hkv = c.k.size(2), .D = c.q.size(3)};
+  return {.q = heads<const T>(c.q),
+          .k = heads<const T>(c.k),
+          .v = heads<const T>(c.v),
+          .starts_q = cptr<int32_t>(c.starts_q),
+          .starts_k = cptr<int32_t>(c.starts_k),
+          .lengths = cptr<int32_t>(c.lengths),
+          .block_table = cptr<int32_t>(c.block_table),
+          .table_width = width,
+          .block = c.k.size(1),
+          .mask = make_mask(op, c.mask, c.q, c.k),
+          .sight = c.sight,
+          .scale = c.scale,
+          .sequences = c.starts_q ? c.starts_q->size(0) - 1 : B,
+          .T_ = c.q.size(1),
+          .S = c.k.size(1),
+          .H = c.q.size(2),
+          .Hkv = c.k.size(2),
+          .D = c.q.size(3)};
 }
 
 std::tuple<Tensor, Tensor> forward(const char* op, const Call& call) {
@@ -131,10 +155,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return forward(op, make_call(op, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, top_left));
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTensor dlse, const Tensor& q, const Tensor& k,
-                                                      const Tensor& v, const Tensor& y, const Tensor& lse, MaybeTensor mask,
-                                                      bool causal, MaybeFloat scale, MaybeInt window, MaybeInt chunk,
-                                                      MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, bool top_left) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTensor dlse, const Tensor& q,
+                                                      const Tensor& k, const Tensor& v, const Tensor& y,
+                                                      const Tensor& lse, MaybeTensor mask, bool causal,
+                                                      MaybeFloat scale, MaybeInt window, MaybeInt chunk,
+                                                      MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k,
+                                                      bool top_left) {
   constexpr auto op = "attention_backward";
   const Call call = make_call(op, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, top_left);
   const int64_t B = q.size(0), T_ = q.size(1), S = k.size(1), H = q.size(2), Hkv = k.size(2), D = q.size(3);
@@ -154,8 +180,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTen
   const Tensor dq = empty({B, T_, H, D}, q.scalar_type(), q);
   const Tensor dk = empty({B, S, Hkv, D}, q.scalar_type(), q), dv = empty({B, S, Hkv, D}, q.scalar_type(), q);
   dispatch_float(op, "q", q, [&]<typename T>() {
-    run(AttentionBackward<T>{.dq = heads<T>(dq), .dk = heads<T>(dk), .dv = heads<T>(dv), .y = heads<const T>(y_),
-                             .dy = heads<const T>(dy_), .lse = cptr<float>(lse_), .dlse = cptr<float>(dlse_),
+    run(AttentionBackward<T>{.dq = heads<T>(dq),
+                             .dk = heads<T>(dk),
+                             .dv = heads<T>(dv),
+                             .y = heads<const T>(y_),
+                             .dy = heads<const T>(dy_),
+                             .lse = cptr<float>(lse_),
+                             .dlse = cptr<float>(dlse_),
                              .in = attended<T>(op, call)});
   });
   return {dq, dk, dv};
@@ -166,8 +197,8 @@ struct Cache {
   Tensor lengths;
   MaybeTensor block_table;
 };
-Cache check_cache(const char* op, const Tensor& k_cache, const Tensor& lengths, const MaybeTensor& block_table, int64_t B,
-                  int64_t least) {
+Cache check_cache(const char* op, const Tensor& k_cache, const Tensor& lengths, const MaybeTensor& block_table,
+                  int64_t B, int64_t least) {
   check_same_device(op, "lengths", lengths, "k_cache", k_cache);
   check_dtype(op, "lengths", lengths, ScalarType::Int);
   check_shape(op, "lengths", lengths, {B});
@@ -177,8 +208,10 @@ Cache check_cache(const char* op, const Tensor& k_cache, const Tensor& lengths, 
   if (block_table) {
     check_same_device(op, "block_table", *block_table, "k_cache", k_cache);
     check_dtype(op, "block_table", *block_table, ScalarType::Int);
-    check(block_table->dim() == 2, op, ": block_table must have shape (B, max_blocks), got ", shape_text(block_table->sizes()));
+    check(block_table->dim() == 2, op, ": block_table must have shape (B, max_blocks), got ",
+          shape_text(block_table->sizes()));
     check_shape(op, "block_table", *block_table, {B, block_table->size(1)});
+    check(block >= 1, op, ": k_cache must have blocks of at least one token");
     cache.block_table = as_contiguous(*block_table);
     most *= block_table->size(1);
   } else {
@@ -190,7 +223,8 @@ Cache check_cache(const char* op, const Tensor& k_cache, const Tensor& lengths, 
     if (!block_table) continue;
     const int32_t* row = cptr<int32_t>(cache.block_table) + b * block_table->size(1);
     for (int64_t i = 0; i < ceil_div(n, block); ++i)
-      check(row[i] >= 0 && row[i] < k_cache.size(0), op, ": block_table must lie in [0, ", k_cache.size(0), "), got ", row[i]);
+      check(row[i] >= 0 && row[i] < k_cache.size(0), op, ": block_table must lie in [0, ", k_cache.size(0), "), got ",
+            row[i]);
   }
   return cache;
 }
@@ -200,15 +234,20 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   constexpr auto op = "attention_decode";
   check_heads(op, q, "k_cache", k_cache, "v_cache", v_cache);
   const Cache cache = check_cache(op, k_cache, lengths, block_table, q.size(0), 0);
-  return std::get<0>(forward(
-      op, Call{.q = inner_contiguous(q), .k = inner_contiguous(k_cache), .v = inner_contiguous(v_cache), .mask = std::nullopt,
-               .starts_q = std::nullopt, .starts_k = std::nullopt, .lengths = cache.lengths, .block_table = cache.block_table,
-               .sight = make_sight(op, true, false, window, chunk),
-               .scale = float(scale ? *scale : 1.0 / std::sqrt(double(q.size(3))))}));
+  return std::get<0>(forward(op, Call{.q = inner_contiguous(q),
+                                      .k = inner_contiguous(k_cache),
+                                      .v = inner_contiguous(v_cache),
+                                      .mask = std::nullopt,
+                                      .starts_q = std::nullopt,
+                                      .starts_k = std::nullopt,
+                                      .lengths = cache.lengths,
+                                      .block_table = cache.block_table,
+                                      .sight = make_sight(op, true, false, window, chunk),
+                                      .scale = scale ? float(*scale) : default_scale(q.size(3))}));
 }
 
-void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v, const Tensor& lengths,
-                   MaybeTensor block_table) {
+void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+                   const Tensor& lengths, MaybeTensor block_table) {
   constexpr auto op = "cache_append_";
   check(k_cache.dim() == 4, op, ": k_cache must have 4 dimensions, got ", shape_text(k_cache.sizes()));
   check(k.dim() == 4, op, ": k must have shape (B, T, Hkv, D), got ", shape_text(k.sizes()));
@@ -225,15 +264,22 @@ void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
   const Cache cache = check_cache(op, k_cache, lengths, block_table, B, T_);
   const Tensor k_ = inner_contiguous(k), v_ = inner_contiguous(v);
   dispatch_float(op, "k_cache", k_cache, [&]<typename T>() {
-    run(CacheAppend<T>{.k_cache = heads<T>(k_cache), .v_cache = heads<T>(v_cache), .k = heads<const T>(k_),
-                       .v = heads<const T>(v_), .lengths = cptr<int32_t>(cache.lengths),
+    run(CacheAppend<T>{.k_cache = heads<T>(k_cache),
+                       .v_cache = heads<T>(v_cache),
+                       .k = heads<const T>(k_),
+                       .v = heads<const T>(v_),
+                       .lengths = cptr<int32_t>(cache.lengths),
                        .block_table = cptr<int32_t>(cache.block_table),
-                       .table_width = cache.block_table ? cache.block_table->size(1) : 0, .block = k_cache.size(1),
-                       .B = B, .T_ = T_, .Hkv = Hkv, .D = D});
+                       .table_width = cache.block_table ? cache.block_table->size(1) : 0,
+                       .block = k_cache.size(1),
+                       .B = B,
+                       .T_ = T_,
+                       .Hkv = Hkv,
+                       .D = D});
   });
 }
 
-#define LK_SIGHT                                                                                              \
+#define LK_SIGHT                                                                                                   \
   "Tensor? mask, bool causal, float? scale, int? window, int? chunk, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, " \
   "bool top_left)"
 
@@ -243,9 +289,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
   define_op(m, "attention", "(Tensor q, Tensor k, Tensor v, " LK_SIGHT " -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dy, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, " LK_SIGHT
         " -> (Tensor, Tensor, Tensor)");
-  m.def("attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, int? window, "
-        "int? chunk, float? scale) -> Tensor");
-  m.def("cache_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, Tensor? block_table) -> ()");
+  m.def(
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, int? window, "
+      "int? chunk, float? scale) -> Tensor");
+  m.def(
+      "cache_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, Tensor? block_table) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {

@@ -1,10 +1,10 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from compare import (
-    assert_as_good_as,
     assert_same_bits,
     check_against_reference,
     check_thread_counts,
@@ -13,7 +13,7 @@ from compare import (
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 from llamakern import ops
-from llamakern.ops.attention import attention_decode_reference, attention_reference, cache_append_reference_
+from llamakern.ops.attention import attention_reference
 
 #    B  T   S   H Hkv D
 SHAPES = [
@@ -93,8 +93,8 @@ def test_logits_of_many_thousands():
 def test_lse(T, dtype, isa):
     """lse is float32 however coarse q and k are, and has a gradient of its own."""
     q, k, v = make_inputs(2, T, 90, 4, 2, 40, dtype)
-    y, lse = ops.attention(q, k, v, return_lse=True)
-    truth_y, truth = attention_reference(*(t.detach().double() for t in (q, k, v)), return_lse=True)
+    _, lse = ops.attention(q, k, v, return_lse=True)
+    _, truth = attention_reference(*(t.detach().double() for t in (q, k, v)), return_lse=True)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), truth, rtol=2e-6, atol=2e-6)
     check((q, k, v), return_lse=True)
@@ -128,7 +128,7 @@ def test_packed_sequences_equal_each_alone(dtype, isa):
     check(inputs, cu_seqlens_q=starts, causal=False, window=11)
     check(inputs, cu_seqlens_q=starts, mask=torch.rand(T, T) > 0.3, chunk=9)
     packed = ops.attention(q, k, v, cu_seqlens_q=starts)
-    for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+    for a, b in pairwise(starts.tolist()):
         if b - a > 16:  # else alone it is a few queries' path
             assert_same_bits(packed[:, a:b], ops.attention(q[:, a:b], k[:, a:b], v[:, a:b]))
 
@@ -149,7 +149,9 @@ def test_strided_inputs():
     spread = (torch.stack((t, t), -1).flatten(-2)[..., ::2] for t in (q, k, v))  # last dimension not contiguous
     assert_same_bits(ops.attention(*spread), want)
     one_head = k[:, :, :1].expand(-1, -1, 4, -1)  # stride 0
-    assert_same_bits(ops.attention(q, one_head, one_head), ops.attention(q, one_head.contiguous(), one_head.contiguous()))
+    assert_same_bits(
+        ops.attention(q, one_head, one_head), ops.attention(q, one_head.contiguous(), one_head.contiguous())
+    )
 
 
 def test_gradient_with_stride_zero():
@@ -199,89 +201,6 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         y = ops.attention(q, k, v)
     assert_same_bits(y, ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
-
-
-# ------------------------------------------------------------------------------------------------------------ decoding
-
-
-def make_cache(B, S, Hkv, D, dtype):
-    return tuple(torch.randn(B, S, Hkv, D).to(dtype) for _ in range(2))
-
-
-def to_blocks(cache, block, order):
-    """(B, S, Hkv, D) as blocks in another order, with the table that finds them again."""
-    B, S, Hkv, D = cache.shape
-    table = order.reshape(B, S // block).int()
-    blocks = torch.empty(B * S // block, block, Hkv, D, dtype=cache.dtype)
-    blocks[order] = cache.reshape(-1, block, Hkv, D)
-    return blocks, table
-
-
-@pytest.mark.parametrize("rule", [{}, {"window": 20}, {"chunk": 32}, {"scale": 0.2}], ids=str)
-@pytest.mark.parametrize(("T", "H", "Hkv", "D"), [(1, 4, 2, 64), (3, 8, 1, 40), (20, 4, 1, 24), (1, 5, 5, 6)])
-def test_decode(T, H, Hkv, D, rule, dtype, isa):
-    lengths = torch.tensor([1, 160, 0, 131, 2], dtype=torch.int32)
-    q = torch.randn(5, T, H, D).to(dtype)
-    k, v = make_cache(5, 160, Hkv, D, dtype)
-    ours = ops.attention_decode(q, k, v, lengths=lengths, **rule)
-    eager = attention_decode_reference(q, k, v, lengths=lengths, **rule)
-    truth = attention_decode_reference(q.double(), k.double(), v.double(), lengths=lengths, **rule)
-    assert_as_good_as("y", ours, eager, truth, floor=2e-6)
-
-
-@pytest.mark.parametrize("T", [1, 20])
-def test_decode_reads_nothing_beyond_its_length(T, dtype, isa):
-    lengths = torch.tensor([35, 7], dtype=torch.int32)
-    q = torch.randn(2, T, 4, 16).to(dtype)
-    k, v = make_cache(2, 50, 2, 16, dtype)
-    want = ops.attention_decode(q, k, v, lengths=lengths)
-    for cache in (k, v):
-        cache[0, 35:], cache[1, 7:] = torch.nan, torch.nan
-    assert_same_bits(ops.attention_decode(q, k, v, lengths=lengths), want)
-
-
-@pytest.mark.parametrize("block", [1, 5, 16, 40])
-@pytest.mark.parametrize("T", [1, 20])
-def test_paged_equals_contiguous(T, block, dtype, isa):
-    lengths = torch.tensor([77, 80, 3], dtype=torch.int32)
-    q = torch.randn(3, T, 4, 16).to(dtype)
-    k, v = make_cache(3, 80, 2, 16, dtype)
-    order = torch.randperm(3 * 80 // block)
-    (paged_k, table), (paged_v, _) = to_blocks(k, block, order), to_blocks(v, block, order)
-    assert_same_bits(
-        ops.attention_decode(q, paged_k, paged_v, lengths=lengths, block_table=table),
-        ops.attention_decode(q, k, v, lengths=lengths),
-    )
-
-
-@pytest.mark.parametrize("block", [None, 8])
-def test_decoding_equals_the_full_forward(block, dtype, isa):
-    """Prefill in pieces of different size through the cache, then token by token."""
-    q, k, v = (t.detach() for t in make_inputs(2, 64, 64, 4, 2, 24, dtype))
-    caches = [torch.full((2, 64, 2, 24), torch.nan, dtype=dtype) for _ in range(2)]
-    table = torch.randperm(16).reshape(2, 8).int() if block else None
-    if block:
-        caches = [c.reshape(16, 8, 2, 24) for c in caches]
-    outputs, done = [], 0
-    for T in (30, 1, 17, *[1] * 16):
-        lengths = torch.full((2,), done + T, dtype=torch.int32)
-        new = slice(done, done + T)
-        ops.cache_append_(*caches, k[:, new], v[:, new], lengths, block_table=table)
-        outputs.append(ops.attention_decode(q[:, new], *caches, lengths=lengths, block_table=table))
-        done += T
-    truth = attention_reference(q.double(), k.double(), v.double())
-    assert_as_good_as("y", torch.cat(outputs, 1), attention_reference(q, k, v), truth, floor=2e-6)
-
-
-def test_cache_append(dtype):
-    k_cache, v_cache = make_cache(2, 10, 3, 5, dtype)
-    k, v = make_cache(2, 4, 3, 5, dtype)
-    lengths = torch.tensor([4, 10], dtype=torch.int32)
-    want_k, want_v = k_cache.clone(), v_cache.clone()
-    cache_append_reference_(want_k, want_v, k, v, lengths)
-    assert ops.cache_append_(k_cache, v_cache, k, v, lengths) is None
-    assert_same_bits(k_cache, want_k)
-    assert_same_bits(v_cache, want_v)
 
 
 # ------------------------------------------------------------------------------------------- torch's own attention
@@ -346,7 +265,7 @@ def test_recorded_results(data_dir, isa):
         torch.testing.assert_close(ours.reshape(want.shape), want, rtol=1e-4, atol=2e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------- contracts
+# ------------------------------------------------------------------------------------------------------------ contracts
 
 
 def test_opcheck():
@@ -357,11 +276,6 @@ def test_opcheck():
     torch.library.opcheck(op, (q, k, v, mask, False, 0.3, 20, 30, None, None, True))
     starts = torch.tensor([0, 10, 40]).int(), torch.tensor([0, 20, 44]).int()
     torch.library.opcheck(op, (q, k, v, None, True, None, None, None, *starts, False))
-    cache, lengths, table = make_cache(6, 4, 2, 8, torch.float32), torch.tensor([9]).int(), torch.tensor([[1, 3, 5]]).int()
-    decode = torch.ops.llamakern.attention_decode.default
-    torch.library.opcheck(decode, (q.detach()[:, :3], *cache, lengths, table, None, None, None))
-    append = torch.ops.llamakern.cache_append_.default
-    torch.library.opcheck(append, (*cache, k.detach()[:, :3], v.detach()[:, :3], lengths, table))
 
 
 def test_compile_and_functional():
@@ -377,20 +291,6 @@ def test_compile_and_functional():
     q, k, v = inputs
     g = torch.func.grad(lambda v: ops.attention(q.detach(), k.detach(), v).sum())(v.detach())
     torch.testing.assert_close(g, torch.autograd.grad(ops.attention(q, k, v).sum(), v)[0])
-
-
-def test_compiled_decoding():
-    q, k, v = (t.detach() for t in make_inputs(2, 1, 1, 4, 2, 8))
-    caches, lengths = make_cache(2, 20, 2, 8, torch.float32), torch.tensor([7, 20]).int()
-
-    def step(q, k, v, k_cache, v_cache):
-        ops.cache_append_(k_cache, v_cache, k, v, lengths)
-        return ops.attention_decode(q, k_cache, v_cache, lengths=lengths)
-
-    twins = [c.clone() for c in caches]
-    assert_same_bits(torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v, *twins), step(q, k, v, *caches))
-    for a, b in zip(twins, caches, strict=True):
-        assert_same_bits(a, b)
 
 
 def test_double_backward_raises():
@@ -457,47 +357,6 @@ def test_bad_starts(starts, error, message):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"lengths": torch.tensor([3, 7]).int()}, ValueError, r"attention_decode: lengths must lie in \[0, 6\], got 7"),
-        ({"lengths": torch.tensor([3, -1]).int()}, ValueError, r"attention_decode: lengths must lie in \[0, 6\], got -1"),
-        ({"lengths": torch.tensor([3, 4])}, TypeError, "attention_decode: lengths must be int32, got int64"),
-        ({"lengths": torch.tensor([3]).int()}, ValueError, r"attention_decode: lengths must have shape \[2\], got \[1\]"),
-        ({"q": Z(3, 1, 4, 8), "lengths": Z(3).int()}, ValueError, r"k_cache must have shape \[3, 6, 2, 8\], got \[2, 6"),
-        (
-            {"block_table": torch.tensor([[0], [2]]).int()},
-            ValueError,
-            r"attention_decode: block_table must lie in \[0, 2\), got 2",
-        ),
-        (
-            {"block_table": torch.tensor([[0, 1]]).int()},
-            ValueError,
-            r"attention_decode: block_table must have shape \[2, 2\], got \[1, 2\]",
-        ),
-        ({"q": Z(2, 1, 4, 8).requires_grad_()}, RuntimeError, "attention_decode: has no gradient"),
-    ],
-)
-def test_bad_decode(changes, error, message):
-    defaults = {"q": Z(2, 1, 4, 8), "k_cache": Z(2, 6, 2, 8), "v_cache": Z(2, 6, 2, 8), "lengths": torch.tensor([3, 4]).int()}
-    raises(ops.attention_decode, defaults, changes, error, message)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"lengths": torch.tensor([3, 1]).int()}, ValueError, r"cache_append_: lengths must lie in \[2, 6\], got 1"),
-        ({"k": Z(2, 2, 1, 8)}, ValueError, r"cache_append_: k must have shape \[2, 2, 2, 8\], got \[2, 2, 1, 8\]"),
-        ({"v": Z(2, 2, 2, 8).bfloat16()}, TypeError, "cache_append_: v must be float32 like k_cache, got bfloat16"),
-        ({"k_cache": Z(2, 6, 2, 16)[..., ::2]}, ValueError, "cache_append_: k_cache must have a contiguous last dimension"),
-        ({"k": Z(2, 2, 2, 8).requires_grad_()}, RuntimeError, "cache_append_: has no gradient"),
-    ],
-)
-def test_bad_append(changes, error, message):
-    defaults = {"k_cache": Z(2, 6, 2, 8), "v_cache": Z(2, 6, 2, 8), "k": Z(2, 2, 2, 8), "v": Z(2, 2, 2, 8)}
-    raises(ops.cache_append_, defaults | {"lengths": torch.tensor([3, 4]).int()}, changes, error, message)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
         ({"dropout_p": 0.1}, NotImplementedError, "scaled_dot_product_attention: dropout_p must be 0, got 0.1"),
         ({"attn_mask": Z(3, 3).requires_grad_()}, NotImplementedError, "attn_mask must not require a gradient"),
         ({"attn_mask": Z(3, 3), "is_causal": True}, ValueError, "attn_mask must be None where is_causal is True"),
@@ -515,5 +374,3 @@ def test_float16_is_refused_by_name():
     half = Z(1, 3, 2, 8).half()
     with pytest.raises(TypeError, match="attention: q must be float32 or bfloat16, got float16"):
         ops.attention(half, half, half)
-    with pytest.raises(TypeError, match="attention_decode: q must be float32 or bfloat16, got float16"):
-        ops.attention_decode(half, half, half, lengths=torch.tensor([3]).int())

@@ -10,11 +10,15 @@
 // Shapes: B batch, T query tokens, S key tokens, H query heads, Hkv key/value heads, D head_dim.
 // G = H / Hkv query heads share a key/value head: query head h reads head h / G.
 #pragma once
+#include <cmath>
+
 #include "../common/types.h"
 
 namespace llamakern {
 
 constexpr int64_t kMaxHeadDim = 256;
+
+inline float default_scale(int64_t D) { return float(1.0 / std::sqrt(double(D))); }
 
 // [B, T, H, D] with any strides (in elements) but a contiguous last dimension.
 template <typename T>
@@ -30,12 +34,13 @@ struct Keys {
   int64_t begin, end;
 };
 
-// Which keys a query may see by its place alone. Query t of T stands at i = S - T + t (bottom-right), or at i = t (top_left).
+// Which keys a query may see by its place alone. Query t of T stands at i = S - T + t (bottom-right), or at i = t
+// (top_left).
 struct Sight {
-  bool causal;      // j <= i
+  bool causal;  // j <= i
   bool top_left;
-  int64_t window;   // 0, or i - window < j, and j < i + window where not causal
-  int64_t chunk;    // 0, or floor(j / chunk) = floor(i / chunk)
+  int64_t window;  // 0, or i - window < j, and j < i + window where not causal
+  int64_t chunk;   // 0, or floor(j / chunk) = floor(i / chunk)
 
   LK_HD Keys keys(int64_t t, int64_t T, int64_t S) const {
     const int64_t i = top_left ? t : S - T + t;
@@ -54,7 +59,8 @@ struct Sight {
   }
 };
 
-// A mask broadcast to (B, H, T, S) by strides that are 0 where it has one element. bool: true = attend; float: added to s.
+// A mask broadcast to (B, H, T, S) by strides that are 0 where it has one element. bool: true = attend; float: added to
+// s.
 struct Mask {
   enum Kind { kNone, kBool, kFloat, kBfloat16 } kind;
   const void* data;
@@ -68,16 +74,17 @@ struct Sequence {
 
 template <typename T>
 struct Attended {
-  Heads<const T> q;                     // [B, T, H, D]
-  Heads<const T> k, v;                  // [B, S, Hkv, D], or [blocks, block, Hkv, D] with a block_table
-  const int32_t *starts_q, *starts_k;   // null, or [sequences + 1]: the sequences are packed one after the other in b = 0
-  const int32_t* lengths;               // null, or [B]: the keys of row b are the first lengths[b]
-  const int32_t* block_table;           // null, or [B, table_width]: key j of row b lies in block block_table[b][j / block]
+  Heads<const T> q;     // [B, T, H, D]
+  Heads<const T> k, v;  // [B, S, Hkv, D], or [blocks, block, Hkv, D] with a block_table
+  const int32_t *starts_q,
+      *starts_k;               // null, or [sequences + 1]: the sequences are packed one after the other in b = 0
+  const int32_t* lengths;      // null, or [B]: the keys of row b are the first lengths[b]
+  const int32_t* block_table;  // null, or [B, table_width]: key j of row b lies in block block_table[b][j / block]
   int64_t table_width, block;
   Mask mask;
   Sight sight;
   float scale;
-  int64_t sequences;                    // B where they are not packed
+  int64_t sequences;  // B where they are not packed
   int64_t T_, S, H, Hkv, D;
 
   LK_HD int64_t G() const { return H / Hkv; }
@@ -89,8 +96,8 @@ struct Attended {
 
 template <typename T>
 struct AttentionForward {
-  Heads<T> y;     // [B, T, H, D]  out
-  float* lse;     // [B, H, T]     out
+  Heads<T> y;  // [B, T, H, D]  out
+  float* lse;  // [B, H, T]     out
   Attended<T> in;
 };
 

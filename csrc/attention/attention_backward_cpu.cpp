@@ -4,8 +4,9 @@
 //   dv, dk   keys by channels     reduced over the lanes of a strip: p and ds as rows
 //   dq       channels by lanes    reduced over the keys of a block:  ds as lanes
 //
-// An item owns some strips of one key/value head: it sums their dq in float, in the order of the key blocks, and its own
-// share of dk and dv, in the order of its strips. The shares are then summed in their order. So all sums have one order.
+// An item owns some strips of one key/value head: it sums their dq in float, in the order of the key blocks, and its
+// own share of dk and dv, in the order of its strips. The shares are then summed in their order. So all sums have one
+// order.
 #include <type_traits>
 
 #include "../common/parallel.h"
@@ -14,8 +15,8 @@
 namespace llamakern::LK_ISA {
 namespace {
 
-constexpr int64_t kItems = 16;       // cut the strips of each head until there are about so many items,
-constexpr int64_t kItemStrips = 8;   // of at least so many strips
+constexpr int64_t kItems = 16;          // cut the strips of each head until there are about so many items,
+constexpr int64_t kItemStrips = 8;      // of at least so many strips
 constexpr int64_t kBlock = 4 * kPanel;  // keys of a block
 
 // p and ds of a block of keys and a strip, in both forms that the matmuls read.
@@ -24,7 +25,7 @@ struct Weights {
   using Element = std::conditional_t<W::kPer == 2, bfloat16, float>;
   static constexpr int kRowWords = kStrip / W::kPer;
 
-  Scratch<float> p{kBlock * kStrip};            // [key, lane]
+  Scratch<float> p{kBlock * kStrip};                                          // [key, lane]
   Scratch<uint32_t> p_rows{kBlock * kRowWords}, ds_rows{kBlock * kRowWords};  // [key, words along the lanes]
   Scratch<uint32_t> ds_lanes{kBlock / W::kPer * kStrip};                      // [words along the keys, lane]
 };
@@ -85,7 +86,8 @@ void add_rows(float* sums, const uint32_t* rows, const uint32_t* x, int64_t n, i
   int64_t c = 0;
   for (; c + kStrip <= lanes; c += kStrip)
     for (int64_t j = 0; j < n; j += kTileRows)
-      tile<W, kTileVecs, kTileRows, kWords, 1>(sums + j * lanes + c, lanes, true, x + c, lanes, rows + j * kWords, kWords);
+      tile<W, kTileVecs, kTileRows, kWords, 1>(sums + j * lanes + c, lanes, true, x + c, lanes, rows + j * kWords,
+                                               kWords);
   for (; c < lanes; c += kLanes)
     for (int64_t j = 0; j < n; j += kTileRows)
       tile<W, 1, kTileRows, kWords, 1>(sums + j * lanes + c, lanes, true, x + c, lanes, rows + j * kWords, kWords);
@@ -99,7 +101,9 @@ struct KeyBlock {
   Scratch<uint32_t> k, v, k_pairs;
 
   explicit KeyBlock(int64_t D)
-      : words(ceil_div(D, W::kPer)), k(row_panels_size(kBlock, words)), v(row_panels_size(kBlock, words)),
+      : words(ceil_div(D, W::kPer)),
+        k(row_panels_size(kBlock, words)),
+        v(row_panels_size(kBlock, words)),
         k_pairs(row_panels_size(D, kBlock / W::kPer)) {}
   void pack(const Group<T>& group, int64_t j0) {
     begin = j0;
@@ -123,9 +127,14 @@ struct QueryStrip {
   Scratch<float> dq;                  // [round_up(D, kTileRows), kStrip]
 
   QueryStrip(const AttentionBackward<T>& p, const Group<T>& group, int64_t first)
-      : strip(group, first), q(kStrip * ceil_div(p.in.D, W::kPer)), dy(kStrip * ceil_div(p.in.D, W::kPer)),
-        q_rows(kStrip / W::kPer * round_up(p.in.D, kLanes)), dy_rows(kStrip / W::kPer * round_up(p.in.D, kLanes)),
-        lse(kStrip), minus_delta(kStrip), dq(round_up(p.in.D, kTileRows) * kStrip) {
+      : strip(group, first),
+        q(kStrip * ceil_div(p.in.D, W::kPer)),
+        dy(kStrip * ceil_div(p.in.D, W::kPer)),
+        q_rows(kStrip / W::kPer * round_up(p.in.D, kLanes)),
+        dy_rows(kStrip / W::kPer * round_up(p.in.D, kLanes)),
+        lse(kStrip),
+        minus_delta(kStrip),
+        dq(round_up(p.in.D, kTileRows) * kStrip) {
     const int64_t D = p.in.D, lanes = round_up(D, kLanes);
     Scratch<T> rows(kStrip * D);
     gather(rows.get(), p.in.q, group, strip);
@@ -162,22 +171,24 @@ void strip_against_block(const AttentionBackward<T>& p, const Group<T>& group, Q
   if (begin >= end) return;
   if (bias) gather_bias(bias + begin * kStrip, group, s.strip, block.begin + begin, round_up(end - begin, kTileRows));
   for (int64_t j = begin; j < end; j += kTileRows)
-    p_tile<W>(w.p + j * kStrip, w.p_rows + j * kRowWords, s.q, block.k + row_panel(j, words), words, p.in.scale * kLog2e,
-              s.strip, block.begin + j, bias ? bias + j * kStrip : nullptr, s.lse);
+    p_tile<W>(w.p + j * kStrip, w.p_rows + j * kRowWords, s.q, block.k + row_panel(j, words), words,
+              p.in.scale * kLog2e, s.strip, block.begin + j, bias ? bias + j * kStrip : nullptr, s.lse);
   for (int64_t j = begin; j < end; j += kTileRows)
     ds_tile<W>(w.ds_rows + j * kRowWords, w.ds_lanes + j / W::kPer * kStrip, w.p + j * kStrip, s.dy,
                block.v + row_panel(j, words), words, s.minus_delta);
   add_rows<W>(dv + begin * lanes, w.p_rows + begin * kRowWords, s.dy_rows, end - begin, lanes);
   add_rows<W>(dk + begin * lanes, w.ds_rows + begin * kRowWords, s.q_rows, end - begin, lanes);
   for (int64_t c = 0; c < D; c += kTileRows)
-    tile<W, kTileVecs, kTileRows, 1, kPanel>(s.dq + c * kStrip, kStrip, true, w.ds_lanes + begin / W::kPer * kStrip, kStrip,
-                                             block.k_pairs + pair_panel(c, begin / W::kPer, kBlock / W::kPer),
+    tile<W, kTileVecs, kTileRows, 1, kPanel>(s.dq + c * kStrip, kStrip, true, w.ds_lanes + begin / W::kPer * kStrip,
+                                             kStrip, block.k_pairs + pair_panel(c, begin / W::kPer, kBlock / W::kPer),
                                              ceil_div(end - begin, W::kPer));
 }
 
-// The strips first, first + step, ... of one group; their share of dk and dv [round_up(S, kBlock), lanes of D] is stored.
+// The strips first, first + step, ... of one group; their share of dk and dv [round_up(S, kBlock), lanes of D] is
+// stored.
 template <typename T>
-void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t first, int64_t step, float* dk, float* dv) {
+void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t first, int64_t step, float* dk,
+                   float* dv) {
   const int64_t D = p.in.D, lanes = round_up(D, kLanes), all = ceil_div(group.rows(), kStrip);
   const int64_t count = first < all ? ceil_div(all - first, step) : 0;
   memset(dk, 0, size_t(round_up(group.at.S, kBlock) * lanes) * 4);
@@ -207,7 +218,8 @@ void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t
 
 // x [S, D] = scale · Σ_parts sums [S, lanes of D]
 template <typename T>
-void sum_parts(const Heads<T>& x, const Group<T>& group, float scale, const float* sums, int64_t parts, int64_t part_size) {
+void sum_parts(const Heads<T>& x, const Group<T>& group, float scale, const float* sums, int64_t parts,
+               int64_t part_size) {
   const int64_t D = group.in.D, lanes = round_up(D, kLanes);
   for (int64_t j = 0; j < group.at.S; ++j) {
     T* row = x.at(group.at.b, group.at.k_begin + j, group.kv);
@@ -225,7 +237,8 @@ void attention_backward(const AttentionBackward<T>& p) {
   const auto group_at = [&](int64_t n) { return Group<T>{p.in, p.in.sequence(n / p.in.Hkv), n % p.in.Hkv}; };
   const int64_t strips = ceil_div(p.in.T_ * p.in.G(), kStrip);
   const int64_t parts = max64(1, min64(kItems / max64(1, groups), strips / kItemStrips));
-  const int64_t wave = max64(1, min64(kItems, groups));  // groups at a time: their float sums are the largest memory here
+  const int64_t wave =
+      max64(1, min64(kItems, groups));  // groups at a time: their float sums are the largest memory here
   for (int64_t first = 0; first < groups; first += wave) {
     const int64_t count = min64(wave, groups - first);
     int64_t longest = 0;

@@ -38,7 +38,8 @@ inline __attribute__((always_inline)) void dot_keys(float* s, const uint32_t* q,
 template <typename W, int NR, typename T>
 void score_rows(float* s, const uint32_t* q, const T* k, int64_t ld, int64_t keys, int64_t D, int64_t rows) {
   if constexpr (NR > 0) {
-    for (; rows >= NR; rows -= NR, s += NR * kRangeKeys, q += NR * round_up(ceil_div(D, W::kPer), kLanes)) dot_keys<W, NR>(s, q, k, ld, keys, D);
+    for (; rows >= NR; rows -= NR, s += NR * kRangeKeys, q += NR * round_up(ceil_div(D, W::kPer), kLanes))
+      dot_keys<W, NR>(s, q, k, ld, keys, D);
     score_rows<W, NR - 1>(s, q, k, ld, keys, D, rows);
   }
 }
@@ -65,7 +66,8 @@ template <typename T, typename P>
 void weigh_row(P* p, float* s, int64_t n, const Group<T>& group, int64_t row, int64_t j, float& m, float& l) {
   const Mask& mask = group.in.mask;
   const Keys seen = group.keys(row);
-  const IVec begin = ibroadcast(int32_t(max64(seen.begin - j, 0))), end = ibroadcast(int32_t(max64(min64(seen.end - j, n), 0)));
+  const IVec begin = ibroadcast(int32_t(max64(seen.begin - j, 0))),
+             end = ibroadcast(int32_t(max64(min64(seen.end - j, n), 0)));
   const int64_t mask_at = mask.kind == Mask::kNone ? 0 : mask_row(group, row) + j * mask.key;
   Vec top = broadcast(-INFINITY);
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -90,7 +92,8 @@ void weigh_row(P* p, float* s, int64_t n, const Group<T>& group, int64_t row, in
 // Reads n rows of all heads in the order in which they lie, so that memory streams: head by head it would jump.
 template <typename T>
 void touch(const Group<T>& first_head, const Heads<const T>& x, int64_t j, int64_t n) {
-  const int64_t Hkv = first_head.in.Hkv, bytes = first_head.in.D * int64_t(sizeof(T)), step = x.head * int64_t(sizeof(T));
+  const int64_t Hkv = first_head.in.Hkv, bytes = first_head.in.D * int64_t(sizeof(T)),
+                step = x.head * int64_t(sizeof(T));
   if (Hkv == 1) return;
   int64_t ld;
   for (int64_t i = 0; i < n; ++i) {
@@ -127,8 +130,8 @@ void attend_range(const AttentionForward<T>& p, const Sequence& sequence, int64_
   }
   for (int64_t kv = 0; kv < Hkv; ++kv) {
     for (int64_t r = 0; r < rows; ++r)
-      weigh_row(reinterpret_cast<P*>(weights + (kv * rows + r) * kWeightWords), s + (kv * rows + r) * kRangeKeys, n, group(kv),
-                r, j0, parts[kv].m[r], parts[kv].l[r]);
+      weigh_row(reinterpret_cast<P*>(weights + (kv * rows + r) * kWeightWords), s + (kv * rows + r) * kRangeKeys, n,
+                group(kv), r, j0, parts[kv].m[r], parts[kv].l[r]);
     memset(parts[kv].o, 0, size_t(rows * lanes) * 4);
   }
   for (int64_t j = 0; j < n; j += kValueKeys) {

@@ -1,8 +1,8 @@
 // What forward and backward share on the CPU: strips of queries, panels of keys and values, and the tile of scores.
 //
-// A strip is kStrip lanes. Its lanes are the rows t·G + g of one key/value head: the G query heads that share it, token by
-// token, so that each key is read once for all of them and a causal strip is nearly full.
-// A panel holds kPanel rows side by side, word by word, so that the rows of any tile are neighbours in memory:
+// A strip is kStrip lanes. Its lanes are the rows t·G + g of one key/value head: the G query heads that share it, token
+// by token, so that each key is read once for all of them and a causal strip is nearly full. A panel holds kPanel rows
+// side by side, word by word, so that the rows of any tile are neighbours in memory:
 //   row panels   [row / kPanel][word of D][kPanel]       keys (or values) as rows of the tile, reduced over D
 //   pair panels  [channel / kPanel][word of S][kPanel]   channels as rows of the tile, reduced over keys
 #pragma once
@@ -54,10 +54,12 @@ struct Group {
   }
 };
 
-// Where the tile of keys [j, j + kTileRows) begins in row panels of `words` words, and rows of channels from c on in pair
-// panels of `words` words from word w on.
+// Where the tile of keys [j, j + kTileRows) begins in row panels of `words` words, and rows of channels from c on in
+// pair panels of `words` words from word w on.
 inline int64_t row_panel(int64_t j, int64_t words) { return j / kPanel * kPanel * words + j % kPanel; }
-inline int64_t pair_panel(int64_t c, int64_t w, int64_t words) { return (c / kPanel * words + w) * kPanel + c % kPanel; }
+inline int64_t pair_panel(int64_t c, int64_t w, int64_t words) {
+  return (c / kPanel * words + w) * kPanel + c % kPanel;
+}
 inline int64_t row_panels_size(int64_t rows, int64_t words) { return round_up(rows, kPanel) * words; }
 
 // Row panels of x [rows, D]. The rows that are missing in the last panel are 0.
@@ -78,15 +80,16 @@ void pack_pair_panels(uint32_t* out, int64_t words, int64_t word, const T* x, in
 }
 
 struct Strip {
-  int64_t first;  // row of lane 0
-  int lanes;      // rows that exist; the others repeat the last one
+  int64_t first;                      // row of lane 0
+  int lanes;                          // rows that exist; the others repeat the last one
   alignas(64) int32_t begin[kStrip];  // keys [begin, end) that each lane may see
   alignas(64) int32_t end[kStrip];
   Keys any{INT32_MAX, 0};  // keys that some lane may see lie in here
   Keys all{0, INT32_MAX};  // keys that every lane may see
 
   template <typename T>
-  Strip(const Group<T>& group, int64_t first_row) : first(first_row), lanes(int(min64(kStrip, group.rows() - first_row))) {
+  Strip(const Group<T>& group, int64_t first_row)
+      : first(first_row), lanes(int(min64(kStrip, group.rows() - first_row))) {
     for (int lane = 0; lane < kStrip; ++lane) {
       const Keys keys = group.keys(row(lane));
       begin[lane] = int32_t(keys.begin);
@@ -102,7 +105,8 @@ struct Strip {
 template <typename T>
 void gather(T* out, const Heads<const T>& x, const Group<T>& group, const Strip& strip) {
   const size_t bytes = size_t(group.in.D) * sizeof(T);
-  for (int lane = 0; lane < strip.lanes; ++lane, out += group.in.D) memcpy(out, group.row_of(x, strip.first + lane), bytes);
+  for (int lane = 0; lane < strip.lanes; ++lane, out += group.in.D)
+    memcpy(out, group.row_of(x, strip.first + lane), bytes);
   memset(out, 0, size_t(kStrip - strip.lanes) * bytes);
 }
 
@@ -163,10 +167,11 @@ void gather_bias(float* bias, const Group<T>& group, const Strip& strip, int64_t
 
 using Tile = Vec[kTileRows][kTileVecs];  // keys by lanes
 
-// c = scores of keys j + r in powers of two, scale·⟨q, k⟩ + bias, and -inf where hidden. bias: row j of [.., kStrip], or null.
+// c = scores of keys j + r in powers of two, scale·⟨q, k⟩ + bias, and -inf where hidden. bias: row j of [.., kStrip],
+// or null.
 template <typename W>
-inline __attribute__((always_inline)) void scores(Tile& c, const uint32_t* q, const uint32_t* k, int64_t words, float scale,
-                                                  const Strip& strip, int64_t j, const float* bias) {
+inline __attribute__((always_inline)) void scores(Tile& c, const uint32_t* q, const uint32_t* k, int64_t words,
+                                                  float scale, const Strip& strip, int64_t j, const float* bias) {
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8

@@ -1,7 +1,7 @@
 // A list of tasks that belong to owners of uneven size: sequences of different lengths, say.
 #pragma once
-#include "../common/scratch.h"
 #include "../common/isa.h"
+#include "../common/scratch.h"
 
 namespace llamakern::LK_ISA {
 

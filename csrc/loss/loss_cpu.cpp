@@ -1,6 +1,6 @@
-// Linear cross-entropy on the CPU. Tokens that count are gathered into chunks. A chunk's scores appear block by block of
-// the vocabulary and leave exponentials relative to the block's largest score; when all blocks are known these become P,
-// which is packed as the matmuls for dh and dW want it. Only one chunk's P is ever in memory.
+// Linear cross-entropy on the CPU. Tokens that count are gathered into chunks. A chunk's scores appear block by block
+// of the vocabulary and leave exponentials relative to the block's largest score; when all blocks are known these
+// become P, which is packed as the matmuls for dh and dW want it. Only one chunk's P is ever in memory.
 #include "loss.h"
 
 #include "../common/gemm.h"
@@ -28,10 +28,10 @@ struct Chunk {
   const int64_t blocks = ceil_div(p.V, kBlock), words = words_of<W>(p.V);
   const bool backward = p.dh || p.dw;
 
-  Scratch<T> h{count * p.C};                                 // [count][C]
-  Scratch<float> top{blocks * lanes}, total{blocks * lanes}; // [block][lane]: largest score, Σ exp(score - largest)
-  Scratch<float> score{lanes}, loss{lanes}, g{lanes};        // of the label; of the token; its gradient
-  Scratch<uint32_t> probs{backward ? lanes * words : 0};     // [strip][word][lane]: first exp(score - largest), then P
+  Scratch<T> h{count * p.C};                                  // [count][C]
+  Scratch<float> top{blocks * lanes}, total{blocks * lanes};  // [block][lane]: largest score, Σ exp(score - largest)
+  Scratch<float> score{lanes}, loss{lanes}, g{lanes};         // of the label; of the token; its gradient
+  Scratch<uint32_t> probs{backward ? lanes * words : 0};      // [strip][word][lane]: first exp(score - largest), then P
 
   Chunk(const LinearCrossEntropy<T>& p, const int64_t* tokens, int64_t count) : p(p), tokens(tokens), count(count) {}
 
@@ -112,7 +112,7 @@ static void losses(Chunk<T, MV>& k) {
   });
 }
 
-// P from the exponentials, and P of the label from its loss: exp(-loss) - 1 without cancellation.
+// P from the exponentials; that of the label from its loss, since p - 1 of a rounded p would be lost where p is near 1.
 template <typename T, int MV>
 static void probabilities(Chunk<T, MV>& k) {
   using W = Words<T>;
@@ -127,7 +127,7 @@ static void probabilities(Chunk<T, MV>& k) {
       for (int64_t i = lane; i < lane + kLanes; ++i) {
         const int64_t v = k.label(i);
         if (v < first || v >= k.end_of(block)) continue;
-        const T value = from_float<T>(k.g[i] * std::expm1(-k.loss[i]));
+        const T value = from_float<T>(k.g[i] * (std::exp(-k.loss[i]) - 1));
         if constexpr (W::kPer == 2)
           memcpy(reinterpret_cast<uint16_t*>(k.word(i, v)) + v % 2, &value, 2);
         else

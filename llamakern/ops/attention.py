@@ -6,6 +6,7 @@ Shapes: B batch, T query tokens, S key tokens, H query heads, Hkv key/value head
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ def attention(
         window:   i - window < j (and j < i + window where not causal)
         chunk:    floor(i / chunk) = floor(j / chunk)
         mask:     mask[..., t, j]
-    A query that sees no key gives 0, lse -inf and gradient 0. cu_seqlens: B = 1 and n sequences lie one after the other,
-    the first from token 0 to cu_seqlens[1]; each sees only itself, and its positions begin at its own start. Head_dim is at
-    most 256; query head h reads key/value head h // (H / Hkv). Gradients flow to q, k and v, from y and lse, and have equal
-    bits in every run. float32 and bfloat16; sums are float32. Under autocast q, k and v take its dtype. Raises ValueError
-    for shapes and values, TypeError for dtypes.
+    A query that sees no key gives 0, lse -inf and gradient 0. cu_seqlens: B = 1 and n sequences lie one after the
+    other, the first from token 0 to cu_seqlens[1]; each sees only itself, and its positions begin at its own start.
+    Head_dim is at most 256; query head h reads key/value head h // (H / Hkv). Gradients flow to q, k and v, from y and
+    lse, and have equal bits in every run. float32 and bfloat16; sums are float32. Under autocast q, k and v take its
+    dtype. Raises ValueError for shapes and values, TypeError for dtypes.
     """
     if not prompt_k is prompt_v is prompt_gate is None:
         raise NotImplementedError("attention: prompt_k is not built yet")
@@ -57,18 +58,18 @@ def scaled_dot_product_attention(
     query: Tensor,  # (B, H, T, D)
     key: Tensor,  # (B, H or Hkv, S, D)
     value: Tensor,
-    attn_mask: Tensor | None = None,  # bool, True = attend, or float, added to the scores; broadcastable to (B, H, T, S)
+    attn_mask: Tensor | None = None,  # bool, True = attend, or float, added to scores; as (B, H, T, S)
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:  # (B, H, T, D)
-    """torch.nn.functional.scaled_dot_product_attention by `attention`: its signature, and causal aligned top-left (j <= t).
+    """torch.nn.functional.scaled_dot_product_attention by `attention`: its signature, its causal (top-left, j <= t).
 
-    In a float mask torch.finfo(dtype).min counts as -inf, and a query that sees no key gives 0.
-    Raises NotImplementedError for dropout and for a mask that needs a gradient, ValueError for shapes, for a mask beside
-    is_causal and for grouped heads without enable_gqa, TypeError for dtypes.
+    attn_mask is broadcast to (B, H, T, S). In a float mask torch.finfo(dtype).min counts as -inf; a query that sees no
+    key gives 0. Raises NotImplementedError for dropout and for a mask that needs a gradient, ValueError for shapes, for
+    a mask beside is_causal and for grouped heads without enable_gqa, TypeError for dtypes.
     """
     op = "scaled_dot_product_attention"
     if dropout_p > 0:
@@ -98,12 +99,12 @@ def attention_decode(
     chunk: int | None = None,
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    """Causal attention of the T newest tokens over a cache: row b sees its first lengths[b] keys, the T new ones included.
+    """Causal attention of the T newest tokens over a cache: row b sees its first lengths[b] keys, the T new ones too.
 
-    Query t of row b stands at position lengths[b] - T + t. With a block_table key j of row b is row j % block of cache block
-    block_table[b, j // block]. window, chunk and scale as in `attention`. There is no gradient. Raises ValueError for
-    shapes, lengths beyond the cache and blocks that do not exist, TypeError for dtypes, RuntimeError where a gradient is
-    wanted.
+    Query t of row b stands at position lengths[b] - T + t. With a block_table key j of row b is row j % block of cache
+    block block_table[b, j // block]. window, chunk and scale as in `attention`. There is no gradient. Raises ValueError
+    for shapes, lengths beyond the cache and blocks that do not exist, TypeError for dtypes, RuntimeError where a
+    gradient is wanted.
     """
     if wants_grad(q, k_cache, v_cache):
         raise RuntimeError("attention_decode: has no gradient; use torch.no_grad(), or attention")
@@ -119,7 +120,7 @@ def cache_append_(
     *,
     block_table: Tensor | None = None,  # (B, max_blocks) int32
 ) -> None:
-    """Writes T new keys and values of row b to positions lengths[b] - T to lengths[b] - 1: call it before attention_decode.
+    """Writes T new keys and values of row b to positions lengths[b] - T to lengths[b] - 1, before attention_decode.
 
     Raises ValueError for shapes, lengths that the cache cannot hold and blocks that do not exist, TypeError for dtypes,
     RuntimeError where a gradient is wanted.
@@ -153,15 +154,13 @@ def attention_reference(
     cu_seqlens_q=None, cu_seqlens_k=None, prompt_k=None, prompt_v=None, prompt_gate=None, return_lse=False,
 ):  # fmt: skip
     """What the op means, in plain PyTorch: matmuls in q's dtype, softmax in float32 at least."""
-    B, T, H, D = q.shape
+    _B, T, H, D = q.shape
     S, group = k.shape[1], H // k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     if cu_seqlens_q is not None:
         seen = torch.zeros(T, S, dtype=torch.bool, device=q.device)
         starts_k = (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).tolist()
-        for (a, b), (c, d) in zip(
-            zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:]), zip(starts_k, starts_k[1:]), strict=False
-        ):
+        for (a, b), (c, d) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(starts_k), strict=True):
             seen[a:b, c:d] = visible(b - a, d - c, causal=causal, window=window, chunk=chunk, device=q.device)
     else:
         seen = visible(T, S, causal=causal, window=window, chunk=chunk, device=q.device)
@@ -185,7 +184,7 @@ def attention_reference(
 
 
 def attention_decode_reference(q, k_cache, v_cache, *, lengths, window=None, chunk=None, scale=None):
-    """What the op means, in plain PyTorch: row b attends the first lengths[b] keys, its T queries being the last of them."""
+    """What the op means, in plain PyTorch: row b attends its first lengths[b] keys, the last T being its queries'."""
     rows = [
         attention_reference(
             q[b : b + 1], k_cache[b : b + 1, :n], v_cache[b : b + 1, :n], scale=scale, window=window, chunk=chunk

@@ -88,6 +88,4 @@ def _is_one(dloss):
     return plain and dloss.device.type == "cpu" and dloss.item() == 1
 
 
-_raw, _recorded = differentiable(
-    "linear_cross_entropy", fake=_fake, setup_context=_setup_context, backward=_backward
-)
+_raw, _recorded = differentiable("linear_cross_entropy", fake=_fake, setup_context=_setup_context, backward=_backward)

@@ -1,5 +1,5 @@
-// Attention forward on the CPU: keys and values are packed once for each key/value head, then each task takes a strip of
-// queries through all the keys that it may see, kKeys at a time, with the running maximum and sum of each lane.
+// Attention forward on the CPU: keys and values are packed once for each key/value head, then each task takes a strip
+// of queries through all the keys that it may see, kKeys at a time, with the running maximum and sum of each lane.
 #include "../common/parallel.h"
 #include "few_queries.h"
 #include "strip.h"
@@ -28,7 +28,8 @@ __attribute__((noinline)) void score_tile(float* s, float* maximum, const uint32
 
 // o [channel, lane] = rescale [lane]·o + Σ_j v [channel, j] p [j, lane]
 template <typename W>
-__attribute__((noinline)) void value_tile(float* o, const float* rescale, const uint32_t* p, const uint32_t* v, int64_t words) {
+__attribute__((noinline)) void value_tile(float* o, const float* rescale, const uint32_t* p, const uint32_t* v,
+                                          int64_t words) {
   Tile c;
 #pragma GCC unroll 8
   for (int i = 0; i < kTileVecs; ++i) {
@@ -45,9 +46,9 @@ __attribute__((noinline)) void value_tile(float* o, const float* rescale, const 
 
 // Softmax over keys, a block at a time, for kStrip lanes at once; everything in powers of two.
 struct OnlineSoftmax {
-  alignas(64) float m[kStrip], l[kStrip];     // maximum, and sum of 2^(s - m), so far
-  alignas(64) float block_m[kStrip];          // maximum of the block at hand
-  alignas(64) float rescale[kStrip];          // what the sums so far must be multiplied by
+  alignas(64) float m[kStrip], l[kStrip];  // maximum, and sum of 2^(s - m), so far
+  alignas(64) float block_m[kStrip];       // maximum of the block at hand
+  alignas(64) float rescale[kStrip];       // what the sums so far must be multiplied by
 
   OnlineSoftmax() {
     for (int i = 0; i < kStrip; ++i) m[i] = -INFINITY, l[i] = 0.0f;
@@ -106,8 +107,8 @@ void forward_strip(const AttentionForward<T>& p, const Group<T>& group, int64_t 
     if (masked) gather_bias(bias, group, strip, j0, round_up(n, kTileRows));
     softmax.begin_block();
     for (int64_t j = 0; j < n; j += kTileRows)
-      score_tile<W>(s + j * kStrip, softmax.block_m, q, packed.k + row_panel(j0 + j, words), words, p.in.scale * kLog2e, strip,
-                    j0 + j, masked ? bias + j * kStrip : nullptr);
+      score_tile<W>(s + j * kStrip, softmax.block_m, q, packed.k + row_panel(j0 + j, words), words, p.in.scale * kLog2e,
+                    strip, j0 + j, masked ? bias + j * kStrip : nullptr);
     softmax.weigh<W>(weights, s, round_up(n, W::kPer));
     for (int64_t c = 0; c < D; c += kTileRows)
       value_tile<W>(o + c * kStrip, softmax.rescale, weights, packed.v + pair_panel(c, j0 / W::kPer, key_words),
@@ -128,8 +129,8 @@ template <typename T>
 void attention_forward(const AttentionForward<T>& p) {
   if (p.in.T_ * p.in.G() <= kFewRows) return few_queries(p);
   using W = Words<T>;
-  constexpr int64_t kPackKeys = 4 * kPanel;           // keys that a packing task takes
-  constexpr int64_t kWaveWords = int64_t(8) << 20;    // packed keys and values kept at once: 32 MB, or one group
+  constexpr int64_t kPackKeys = 4 * kPanel;         // keys that a packing task takes
+  constexpr int64_t kWaveWords = int64_t(8) << 20;  // packed keys and values kept at once: 32 MB, or one group
   const int64_t D = p.in.D, words = ceil_div(D, W::kPer), groups = p.in.sequences * p.in.Hkv;
   const auto group_at = [&](int64_t n) { return Group<T>{p.in, p.in.sequence(n / p.in.Hkv), n % p.in.Hkv}; };
   const auto k_size = [&](int64_t S) { return row_panels_size(S, words); };
