@@ -1,4 +1,4 @@
-"""LoRA of rank 16 against PEFT's two passes, over a dense and over an NF4 base; a training row is forward and backward."""
+"""LoRA of rank 16 against PEFT's two passes, over a dense and an NF4 base; a training row is forward and backward."""
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,14 @@ def main():
     for dtype in (torch.bfloat16, torch.float32):
         dense = Rotating(lambda: [(torch.randn(N, K) * 0.02).to(dtype)], bytes_each=N * K * dtype.itemsize)  # noqa: B023
         packed = Rotating(lambda: ops.nf4_quantize(torch.randn(N, K) * 0.02), bytes_each=N * K * 9 // 16)
-        rows(table, dtype, "dense", {"ours": (lora, dense), "two passes": (two_passes, dense)}, dense(), lora_linear_reference)
+        rows(
+            table,
+            dtype,
+            "dense",
+            {"ours": (lora, dense), "two passes": (two_passes, dense)},
+            dense(),
+            lora_linear_reference,
+        )
         contestants = {
             "ours": (nf4_lora, packed),
             "without LoRA": (lambda x, w, s, a, b: ops.nf4_linear(x, w, s) + 0 * a[0, 0] * b[0, 0], packed),

@@ -63,15 +63,22 @@ Two lora_linear(const Tensor& base_, const Tensor& x_, const Tensor& w, const Te
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x_);
   const Tensor y = empty_rows(x_, N, x_.scalar_type()), h = empty({x.M, adapter.R}, ScalarType::Float, x_);
   dispatch_lora(op, "x", x_, adapter, [&]<typename T, typename P>() {
-    run(LoraLinear<T, P>{.y = ptr<T>(y), .h = ptr<float>(h), .base = cptr<T>(base), .x = cptr<T>(x.t), .x_row = x.stride,
-                         .lora = adapter.get<P>(), .M = x.M, .N = N, .K = K});
+    run(LoraLinear<T, P>{.y = ptr<T>(y),
+                         .h = ptr<float>(h),
+                         .base = cptr<T>(base),
+                         .x = cptr<T>(x.t),
+                         .x_row = x.stride,
+                         .lora = adapter.get<P>(),
+                         .M = x.M,
+                         .N = N,
+                         .K = K});
   });
   return {y, h};
 }
 
-Two nf4_lora_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax, const Tensor& lora_a, const Tensor& lora_b,
-                    MaybeTensor bias_, MaybeTensor absmax_scale, MaybeTensor absmax_offset, MaybeTensor seed, double scale,
-                    double dropout, int64_t N, int64_t K, int64_t block_size) {
+Two nf4_lora_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax, const Tensor& lora_a,
+                    const Tensor& lora_b, MaybeTensor bias_, MaybeTensor absmax_scale, MaybeTensor absmax_offset,
+                    MaybeTensor seed, double scale, double dropout, int64_t N, int64_t K, int64_t block_size) {
   const char* op = "nf4_lora_linear";
   const Nf4Weight w(op, weight, absmax, absmax_scale, absmax_offset, N, K, block_size);
   const Rows x = rows_of(op, "x", "K", x_, K);
@@ -80,8 +87,14 @@ Two nf4_lora_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x_);
   const Tensor y = empty_rows(x_, N, x_.scalar_type()), h = empty({x.M, adapter.R}, ScalarType::Float, x_);
   dispatch_lora(op, "x", x_, adapter, [&]<typename T, typename P>() {
-    run(Nf4LoraLinear<T, P>{.y = ptr<T>(y), .h = ptr<float>(h), .x = cptr<T>(x.t), .x_row = x.stride, .w = w.matrix,
-                            .bias = either<T>(bias), .lora = adapter.get<P>(), .M = x.M});
+    run(Nf4LoraLinear<T, P>{.y = ptr<T>(y),
+                            .h = ptr<float>(h),
+                            .x = cptr<T>(x.t),
+                            .x_row = x.stride,
+                            .w = w.matrix,
+                            .bias = either<T>(bias),
+                            .lora = adapter.get<P>(),
+                            .M = x.M});
   });
   return {y, h};
 }
@@ -95,56 +108,75 @@ Three backward(const char* op, const Tensor& dy_, const Tensor& x_, const Tensor
   check(dy.M == x.M, op, ": x must have the ", dy.M, " rows of dy, got ", shape_text(x_.sizes()));
   check_shape(op, "h", h_, {x.M, adapter.R});
   check_dtype(op, "h", h_, ScalarType::Float);
-  const Tensor h = as_contiguous(h_), dx = want_dx ? empty_rows(x_, K, x_.scalar_type()) : empty({0}, x_.scalar_type(), x_);
-  const Tensor da = empty({adapter.R, K}, adapter.a.scalar_type(), x_), db = empty({N, adapter.R}, adapter.b.scalar_type(), x_);
+  const Tensor h = as_contiguous(h_),
+               dx = want_dx ? empty_rows(x_, K, x_.scalar_type()) : empty({0}, x_.scalar_type(), x_);
+  const Tensor da = empty({adapter.R, K}, adapter.a.scalar_type(), x_),
+               db = empty({N, adapter.R}, adapter.b.scalar_type(), x_);
   dispatch_lora(op, "dy", dy_, adapter, [&]<typename T, typename P>() {
-    go(want_dx ? ptr<T>(dx) : static_cast<T*>(nullptr),
-       AdapterBackward<T, P>{.da = ptr<P>(da), .db = ptr<P>(db), .dy = cptr<T>(dy.t), .dy_row = dy.stride, .x = cptr<T>(x.t),
-                             .x_row = x.stride, .h = cptr<float>(h), .lora = adapter.get<P>(), .M = x.M, .N = N, .K = K});
+    go(want_dx ? ptr<T>(dx) : static_cast<T*>(nullptr), AdapterBackward<T, P>{.da = ptr<P>(da),
+                                                                              .db = ptr<P>(db),
+                                                                              .dy = cptr<T>(dy.t),
+                                                                              .dy_row = dy.stride,
+                                                                              .x = cptr<T>(x.t),
+                                                                              .x_row = x.stride,
+                                                                              .h = cptr<float>(h),
+                                                                              .lora = adapter.get<P>(),
+                                                                              .M = x.M,
+                                                                              .N = N,
+                                                                              .K = K});
   });
   return {dx, da, db};
 }
 
-Three lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w_, const Tensor& lora_a, const Tensor& lora_b,
-                           const Tensor& h, MaybeTensor seed, double scale, double dropout, bool want_dx) {
+Three lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w_, const Tensor& lora_a,
+                           const Tensor& lora_b, const Tensor& h, MaybeTensor seed, double scale, double dropout,
+                           bool want_dx) {
   const char* op = "lora_linear_backward";
   check(w_.dim() == 2, op, ": w must have shape (N, K), got ", shape_text(w_.sizes()));
   check_same_dtype(op, "w", w_, "dy", dy);
   const Tensor w = as_contiguous(w_);
   const int64_t N = w.size(0), K = w.size(1);
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x);
-  return backward(op, dy, x, h, adapter, N, K, want_dx, [&]<typename T, typename P>(T* dx, const AdapterBackward<T, P>& p) {
-    run(LoraLinearBackward<T, P>{.dx = dx, .w = cptr<T>(w), .adapter = p});
-  });
+  return backward(op, dy, x, h, adapter, N, K, want_dx,
+                  [&]<typename T, typename P>(T* dx, const AdapterBackward<T, P>& p) {
+                    run(LoraLinearBackward<T, P>{.dx = dx, .w = cptr<T>(w), .adapter = p});
+                  });
 }
 
 Three nf4_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& absmax,
                                const Tensor& lora_a, const Tensor& lora_b, const Tensor& h, MaybeTensor absmax_scale,
-                               MaybeTensor absmax_offset, MaybeTensor seed, double scale, double dropout, int64_t N, int64_t K,
-                               int64_t block_size, bool want_dx) {
+                               MaybeTensor absmax_offset, MaybeTensor seed, double scale, double dropout, int64_t N,
+                               int64_t K, int64_t block_size, bool want_dx) {
   const char* op = "nf4_lora_linear_backward";
   const Nf4Weight w(op, weight, absmax, absmax_scale, absmax_offset, N, K, block_size);
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x);
-  return backward(op, dy, x, h, adapter, N, K, want_dx, [&]<typename T, typename P>(T* dx, const AdapterBackward<T, P>& p) {
-    run(Nf4LoraLinearBackward<T, P>{.dx = dx, .w = w.matrix, .adapter = p});
-  });
+  return backward(op, dy, x, h, adapter, N, K, want_dx,
+                  [&]<typename T, typename P>(T* dx, const AdapterBackward<T, P>& p) {
+                    run(Nf4LoraLinearBackward<T, P>{.dx = dx, .w = w.matrix, .adapter = p});
+                  });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
-  define_op(m, "lora_linear",
-            "(Tensor base, Tensor x, Tensor w, Tensor lora_a, Tensor lora_b, Tensor? seed, float scale, float dropout) -> "
-            "(Tensor, Tensor)");
-  define_op(m, "nf4_lora_linear",
-            "(Tensor x, Tensor weight, Tensor absmax, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? absmax_scale, "
-            "Tensor? absmax_offset, Tensor? seed, float scale, float dropout, int N, int K, int block_size) -> (Tensor, Tensor)");
+  define_op(
+      m, "lora_linear",
+      "(Tensor base, Tensor x, Tensor w, Tensor lora_a, Tensor lora_b, Tensor? seed, float scale, float dropout) -> "
+      "(Tensor, Tensor)");
+  define_op(
+      m, "nf4_lora_linear",
+      "(Tensor x, Tensor weight, Tensor absmax, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? absmax_scale, "
+      "Tensor? absmax_offset, Tensor? seed, float scale, float dropout, int N, int K, int block_size) -> (Tensor, "
+      "Tensor)");
   m.def(
-      "lora_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor lora_a, Tensor lora_b, Tensor h, Tensor? seed, float scale, "
+      "lora_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor lora_a, Tensor lora_b, Tensor h, Tensor? seed, float "
+      "scale, "
       "float dropout, bool want_dx) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "nf4_lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor absmax, Tensor lora_a, Tensor lora_b, Tensor h, "
-      "Tensor? absmax_scale, Tensor? absmax_offset, Tensor? seed, float scale, float dropout, int N, int K, int block_size, "
+      "nf4_lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor absmax, Tensor lora_a, Tensor lora_b, "
+      "Tensor h, "
+      "Tensor? absmax_scale, Tensor? absmax_offset, Tensor? seed, float scale, float dropout, int N, int K, int "
+      "block_size, "
       "bool want_dx) -> (Tensor, Tensor, Tensor)");
 }
 

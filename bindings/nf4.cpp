@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& w_, int64_t block_size) {
   const Tensor absmax =
       rows ? empty({N, K / block_size}, ScalarType::Float, w) : empty({ceil_div(n, block_size)}, ScalarType::Float, w);
   dispatch_float(op, "w", w, [&]<typename T>() {
-    run(Nf4Quantize<T>{.codes = ptr<uint8_t>(codes), .absmax = ptr<float>(absmax), .w = cptr<T>(w), .n = n,
-                       .block_size = block_size});
+    run(Nf4Quantize<T>{
+        .codes = ptr<uint8_t>(codes), .absmax = ptr<float>(absmax), .w = cptr<T>(w), .n = n, .block_size = block_size});
   });
   return {codes, absmax};
 }
@@ -27,7 +27,8 @@ Tensor nf4_dequantize(const Tensor& weight, const Tensor& absmax, MaybeTensor ab
                       int64_t N, int64_t K, int64_t block_size, bool bf16) {
   const Nf4Weight from("nf4_dequantize", weight, absmax, absmax_scale, absmax_offset, N, K, block_size);
   const Tensor w = empty({N, K}, bf16 ? ScalarType::BFloat16 : ScalarType::Float, weight);
-  dispatch_float("nf4_dequantize", "w", w, [&]<typename T>() { run(Nf4Dequantize<T>{.w = ptr<T>(w), .from = from.matrix}); });
+  dispatch_float("nf4_dequantize", "w", w,
+                 [&]<typename T>() { run(Nf4Dequantize<T>{.w = ptr<T>(w), .from = from.matrix}); });
   return w;
 }
 
@@ -42,13 +43,16 @@ std::tuple<Tensor, Tensor> nf4_double_quantize(const Tensor& absmax_, const Tens
   const std::vector<int64_t> sizes(absmax.sizes().begin(), absmax.sizes().end());
   const Tensor codes = empty({sizes.data(), sizes.size()}, ScalarType::Byte, absmax);
   const Tensor scale = empty({ceil_div(n, kAbsmaxBlock)}, ScalarType::Float, absmax);
-  run(Nf4DoubleQuantize{.codes = ptr<uint8_t>(codes), .scale = ptr<float>(scale), .absmax = cptr<float>(absmax),
-                        .offset = cptr<float>(offset), .n = n});
+  run(Nf4DoubleQuantize{.codes = ptr<uint8_t>(codes),
+                        .scale = ptr<float>(scale),
+                        .absmax = cptr<float>(absmax),
+                        .offset = cptr<float>(offset),
+                        .n = n});
   return {codes, scale};
 }
 
-Tensor nf4_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax, MaybeTensor bias_, MaybeTensor absmax_scale,
-                  MaybeTensor absmax_offset, int64_t N, int64_t K, int64_t block_size) {
+Tensor nf4_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax, MaybeTensor bias_,
+                  MaybeTensor absmax_scale, MaybeTensor absmax_offset, int64_t N, int64_t K, int64_t block_size) {
   const char* op = "nf4_linear";
   const Nf4Weight w(op, weight, absmax, absmax_scale, absmax_offset, N, K, block_size);
   const Rows x = rows_of(op, "x", "K", x_, K);
@@ -56,7 +60,8 @@ Tensor nf4_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax, 
   const MaybeTensor bias = parameter(op, "bias", bias_, {N}, x_);
   const Tensor y = empty_rows(x_, N, x_.scalar_type());
   dispatch_float(op, "x", x_, [&]<typename T>() {
-    run(Nf4Linear<T>{.y = ptr<T>(y), .x = cptr<T>(x.t), .x_row = x.stride, .w = w.matrix, .bias = either<T>(bias), .M = x.M});
+    run(Nf4Linear<T>{
+        .y = ptr<T>(y), .x = cptr<T>(x.t), .x_row = x.stride, .w = w.matrix, .bias = either<T>(bias), .M = x.M});
   });
   return y;
 }
@@ -79,14 +84,17 @@ Tensor nf4_linear_backward(const Tensor& dy_, const Tensor& weight, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
   m.def("nf4_quantize(Tensor w, int block_size) -> (Tensor, Tensor)");
   m.def(
-      "nf4_dequantize(Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int N, int K, int block_size, "
+      "nf4_dequantize(Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int N, int K, int "
+      "block_size, "
       "bool bf16) -> Tensor");
   m.def("nf4_double_quantize(Tensor absmax, Tensor absmax_offset) -> (Tensor, Tensor)");
   define_op(m, "nf4_linear",
-            "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, Tensor? absmax_scale, Tensor? absmax_offset, int N, int K, "
+            "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, Tensor? absmax_scale, Tensor? absmax_offset, int "
+            "N, int K, "
             "int block_size) -> Tensor");
   m.def(
-      "nf4_linear_backward(Tensor dy, Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int N, int K, "
+      "nf4_linear_backward(Tensor dy, Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int "
+      "N, int K, "
       "int block_size) -> Tensor");
 }
 

@@ -25,7 +25,8 @@ struct Nf4Weight {
     check_count(op, "weight", weight, ceil_div(N * K, 2), "bytes", N, K);
     check_count(op, "absmax", absmax, blocks, "values", N, K);
     check_same_device(op, "absmax", absmax, "weight", weight);
-    check(scale.has_value() == offset.has_value(), op, ": absmax_scale and absmax_offset must be given together, got one");
+    check(scale.has_value() == offset.has_value(), op,
+          ": absmax_scale and absmax_offset must be given together, got one");
     check_dtype(op, "absmax", absmax, scale ? ScalarType::Byte : ScalarType::Float);
     if (scale) {
       for (const auto& [name, t] : {std::pair{"absmax_scale", &scale}, {"absmax_offset", &offset}}) {
@@ -37,9 +38,13 @@ struct Nf4Weight {
       absmax_scale = as_contiguous(*scale);
       absmax_offset = as_contiguous(*offset);
     }
-    matrix = {.codes = cptr<uint8_t>(codes), .absmax = scale ? nullptr : cptr<float>(absmax),
-              .absmax_codes = scale ? cptr<uint8_t>(absmax) : nullptr, .absmax_scale = cptr<float>(absmax_scale),
-              .absmax_offset = cptr<float>(absmax_offset), .N = N, .K = K,
+    matrix = {.codes = cptr<uint8_t>(codes),
+              .absmax = scale ? nullptr : cptr<float>(absmax),
+              .absmax_codes = scale ? cptr<uint8_t>(absmax) : nullptr,
+              .absmax_scale = cptr<float>(absmax_scale),
+              .absmax_offset = cptr<float>(absmax_offset),
+              .N = N,
+              .K = K,
               .block_shift = __builtin_ctzll(uint64_t(block_size))};
   }
 

@@ -187,7 +187,9 @@ def test_ragged(shape, double, dtype, isa):
 @pytest.mark.parametrize("M", [1, 5, 20])
 @pytest.mark.parametrize("block_size", [32, 128, 512])
 def test_block_sizes_and_double_quantisation(block_size, M, dtype, isa):
-    check_linear(M, 20, 512, dtype, block_size=block_size, double=True)  # 256 absmax values end inside a row or a few rows
+    check_linear(
+        M, 20, 512, dtype, block_size=block_size, double=True
+    )  # 256 absmax values end inside a row or a few rows
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["same", "f32"])
@@ -254,7 +256,7 @@ def test_autocast():
 
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
-    """All blocks are zero but those of the last row, which an index of 32 bits would not find. Pages never written cost nothing."""
+    """All blocks are 0 but those of the last row, which a 32-bit index would miss. Pages never written cost nothing."""
     N, K = (1 << 19) + 3, 4096
     weight, absmax = torch.zeros(N, K // 2, dtype=torch.uint8), torch.zeros(N, 1)
     weight[-1], absmax[-1] = torch.randint(256, (K // 2,), dtype=torch.uint8), 1.0
@@ -275,9 +277,7 @@ def test_opcheck(double):
     weight, absmax, knobs = make_weight(24, 128, double=double)
     scale, offset = knobs.get("absmax_scale"), knobs.get("absmax_offset")
     x, bias = torch.randn(3, 128, requires_grad=True), torch.randn(24, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.llamakern.nf4_linear.default, (x, weight, absmax, bias, scale, offset, 24, 128, 64)
-    )
+    torch.library.opcheck(torch.ops.llamakern.nf4_linear.default, (x, weight, absmax, bias, scale, offset, 24, 128, 64))
     for name, arguments in {
         "nf4_quantize": (torch.randn(4, 100), 64),
         "nf4_dequantize": (weight, absmax, scale, offset, 24, 128, 64, True),
@@ -318,17 +318,29 @@ BYTES = {"dtype": torch.uint8}
         ({"x": torch.zeros(2, 32)}, ValueError, r"nf4_linear: x must have shape \(..., K\) with K = 64, got \[2, 32\]"),
         ({"x": torch.zeros(2, 64).half()}, TypeError, "nf4_linear: x must be float32 or bfloat16, got float16"),
         ({"weight": torch.zeros(8, 32)}, TypeError, "nf4_linear: weight must be uint8, got float32"),
-        ({"weight": torch.zeros(256, **BYTES)}, ValueError, r"weight must have shape \(N, K/2\) where shape=\(N, K\) is not"),
+        (
+            {"weight": torch.zeros(256, **BYTES)},
+            ValueError,
+            r"weight must have shape \(N, K/2\) where shape=\(N, K\) is not",
+        ),
         (
             {"shape": (8, 66)},
             ValueError,
             r"nf4_linear: weight must hold 264 bytes for a weight of shape \[8, 66\], got \[8, 32\]",
         ),
-        ({"absmax": torch.zeros(8, 2)}, ValueError, r"absmax must hold 8 values for a weight of shape \[8, 64\], got \[8, 2\]"),
+        (
+            {"absmax": torch.zeros(8, 2)},
+            ValueError,
+            r"absmax must hold 8 values for a weight of shape \[8, 64\], got \[8, 2\]",
+        ),
         ({"absmax": torch.zeros(8, 1, **BYTES)}, TypeError, "nf4_linear: absmax must be float32, got uint8"),
         ({"block_size": 48}, ValueError, "nf4_linear: block_size must be a power of two from 32 to 4096, got 48"),
         ({"block_size": 8192}, ValueError, "block_size must be a power of two from 32 to 4096, got 8192"),
-        ({"absmax_scale": torch.zeros(1)}, ValueError, "absmax_scale and absmax_offset must be given together, got one"),
+        (
+            {"absmax_scale": torch.zeros(1)},
+            ValueError,
+            "absmax_scale and absmax_offset must be given together, got one",
+        ),
         (
             {"absmax_scale": torch.zeros(1), "absmax_offset": torch.zeros(())},
             TypeError,

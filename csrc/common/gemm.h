@@ -2,9 +2,9 @@
 //
 //   C[row][lane] = Σ_segments Σ_k  B[row][k] · A[lane][k]
 //
-// A is packed once into strips of MV·kLanes lanes: [strip][word][lane] (pack_rows, pack_columns). B arrives in panels that
-// a `fill` writes just before they are multiplied, so it may be decoded, converted or read across without a copy of it in
-// memory. A second segment makes more columns of the reduction: LoRA. Blocks and tasks are cut by shape only.
+// A is packed once into strips of MV·kLanes lanes: [strip][word][lane] (pack_rows, pack_columns). B arrives in panels
+// that a `fill` writes just before they are multiplied, so it may be decoded, converted or read across without a copy
+// of it in memory. A second segment makes more columns of the reduction: LoRA. Blocks and tasks are cut by shape only.
 //
 //   forward     y  = x Wᵀ     lanes: rows of x       rows: rows of W         by row      C is yᵀ: unpack_lanes
 //   input       dx = dy W     lanes: rows of dy      rows: columns of W      by word     C is dxᵀ: unpack_lanes
@@ -29,7 +29,8 @@ template <int MV>
 constexpr int kRows = kTileVecs * kTileRows / MV;  // rows of a tile: the same registers for fewer lanes
 static_assert(kPanelRows % kRows<1> == 0 && kPanelRows % kRows<kTileVecs> == 0);
 template <int MV>
-constexpr int kDepth = MV <= kTileVecs / 2 ? 256 : 128;  // words of a block of the reduction: a strip's share stays in L1
+constexpr int kDepth =
+    MV <= kTileVecs / 2 ? 256 : 128;  // words of a block of the reduction: a strip's share stays in L1
 
 // fn<MV>() with the strip that wastes fewest lanes, the widest of equals.
 template <typename Fn>

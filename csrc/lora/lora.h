@@ -1,11 +1,11 @@
 // LoRA (arXiv 2106.09685, eq. 3) over a dense or an NF4 base weight, forward and backward.
 //
 //   h  = drop(x) Aᵀ                      y  = x Wᵀ + s·h Bᵀ + bias
-//   g  = dy B                            dx = dy W + s·drop(g A)          the second term is R more columns of the reduction
-//   dA = s·gᵀ drop(x)                    dB = s·dyᵀ h
+//   g  = dy B                            dx = dy W + s·drop(g A)          the second term is R more columns of the
+//   reduction dA = s·gᵀ drop(x)                    dB = s·dyᵀ h
 //
-// drop keeps element (m, k) where dropout_keeps says so, and multiplies it by 1 / (1 - p); the backward makes the same mask
-// again from the seed. With B = 0 the sums of the base are untouched, bit for bit.
+// drop keeps element (m, k) where dropout_keeps says so, and multiplies it by 1 / (1 - p); the backward makes the same
+// mask again from the seed. With B = 0 the sums of the base are untouched, bit for bit.
 //
 // Shapes: M tokens, N out_features, K in_features, R rank. T is the activations' type, P the adapter's: T or float.
 #pragma once
@@ -73,10 +73,10 @@ struct Nf4LoraLinear {
 // dA and dB: the same whatever the base is.
 template <typename T, typename P>
 struct AdapterBackward {
-  P *da, *db;     // [R, K], [N, R]  out
-  const T* dy;    // [M, N]  row stride dy_row
+  P *da, *db;   // [R, K], [N, R]  out
+  const T* dy;  // [M, N]  row stride dy_row
   int64_t dy_row;
-  const T* x;     // [M, K]  row stride x_row
+  const T* x;  // [M, K]  row stride x_row
   int64_t x_row;
   const float* h;  // [M, R]
   Lora<P> lora;

@@ -78,7 +78,8 @@ struct DropC {
     }
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t lane = 0; lane < width; lane += kLanes) {
-        const UVec draw = dropout_draw(ubroadcast(uint32_t(k + row)), (UVec)load_words(key + lane), (UVec)load_words(offset + lane));
+        const UVec draw =
+            dropout_draw(ubroadcast(uint32_t(k + row)), (UVec)load_words(key + lane), (UVec)load_words(offset + lane));
         float* here = c + row * width + lane;
         store(here, draw >= drop.threshold ? load(here) : Vec{});
       }
@@ -113,8 +114,8 @@ struct StoreNarrow {
 
 // h = drop(x) Aᵀ. `lanes` holds x as packed, and is overwritten by drop(x) where something is dropped.
 template <typename W, int MV, typename T, typename P>
-static void down(float* h, uint32_t* h_lanes, const uint32_t* lanes, const T* x, int64_t x_row, const Lora<P>& lora, int64_t M,
-                 int64_t K) {
+static void down(float* h, uint32_t* h_lanes, const uint32_t* lanes, const T* x, int64_t x_row, const Lora<P>& lora,
+                 int64_t M, int64_t K) {
   const float keep = lora.drop.keep_scale;
   const StoreNarrow<W, MV> store{h, h_lanes, M, lora.R, keep, keep * lora.scale};
   const DenseRows<W, P> a{lora.a, K, K};
@@ -135,10 +136,11 @@ struct AddTokens {
 
   void operator()(const float* c, int64_t strip, int64_t n, int64_t rows) const {
     const int64_t m = strip * kWidth<MV>;
-    unpack_lanes(y + m * N + n, N, c, kWidth<MV>, rows, min64(M - m, kWidth<MV>), [&](int64_t row, int64_t lane, Vec sum) {
-      const Vec b = load(base + (m + lane) * N + n + row, lanes_left(rows - row));
-      return sum == Vec{} ? b : b + sum;
-    });
+    unpack_lanes(y + m * N + n, N, c, kWidth<MV>, rows, min64(M - m, kWidth<MV>),
+                 [&](int64_t row, int64_t lane, Vec sum) {
+                   const Vec b = load(base + (m + lane) * N + n + row, lanes_left(rows - row));
+                   return sum == Vec{} ? b : b + sum;
+                 });
   }
 };
 
@@ -158,7 +160,8 @@ static void lora_linear(const LoraLinear<T, P>& p) {
 template <typename A, typename B>
 static float dot(const A* a, const B* b, int64_t n) {
   Vec total = {};
-  for (int64_t i = 0; i < n; i += kLanes) total = fma(load(a + i, lanes_left(n - i)), load(b + i, lanes_left(n - i)), total);
+  for (int64_t i = 0; i < n; i += kLanes)
+    total = fma(load(a + i, lanes_left(n - i)), load(b + i, lanes_left(n - i)), total);
   return sum(total);
 }
 
@@ -200,7 +203,8 @@ static void nf4_lora_linear(const Nf4LoraLinear<T, P>& p) {
 
 // --------------------------------------------------------------------------------------------- backward
 
-// dA [R][K] = scale·gᵀ drop(x) and dB [N][R] = scale·dyᵀ h: lanes are the R columns of g or h, rows the columns of x or dy.
+// dA [R][K] = scale·gᵀ drop(x) and dB [N][R] = scale·dyᵀ h: lanes are the R columns of g or h, rows the columns of x or
+// dy.
 template <typename T, typename P>
 static void adapter_gradients(const AdapterBackward<T, P>& p, const float* g) {
   using W = Words<T>;
@@ -245,9 +249,10 @@ static void backward(T* dx, const Columns& w, const AdapterBackward<T, P>& p) {
     gemm<W, MV, Panel::kByWord>(M, R, StoreNarrow<W, MV>{g, g_lanes, M, R, 1.0f, scale},
                                 Segment{lanes, words_of<W>(N), DenseColumns<W, P>{p.lora.b, R, N}});
     if (!dx) return;
-    gemm<W, MV, Panel::kByWord>(M, K, StoreTokens<MV, T>{dx, M, K, {}},
-                                Segment{g_lanes, words_of<W>(R), DenseColumns<W, P>{p.lora.a, K, R}, DropC<MV>{p.lora.drop}},
-                                Segment{lanes, words_of<W>(N), w});
+    gemm<W, MV, Panel::kByWord>(
+        M, K, StoreTokens<MV, T>{dx, M, K, {}},
+        Segment{g_lanes, words_of<W>(R), DenseColumns<W, P>{p.lora.a, K, R}, DropC<MV>{p.lora.drop}},
+        Segment{lanes, words_of<W>(N), w});
   });
   adapter_gradients(p, g.get());
 }
@@ -262,9 +267,9 @@ static void nf4_lora_linear_backward(const Nf4LoraLinearBackward<T, P>& p) {
   backward(p.dx, Nf4Columns<Words<T>>{p.w}, p.adapter);
 }
 
-#define LK_LORA_KERNELS(T, P)                                                                  \
-  static const File<LoraLinear<T, P>> lora_##T##_##P(kThisIsa, &lora_linear);                  \
-  static const File<Nf4LoraLinear<T, P>> nf4_lora_##T##_##P(kThisIsa, &nf4_lora_linear);       \
+#define LK_LORA_KERNELS(T, P)                                                                    \
+  static const File<LoraLinear<T, P>> lora_##T##_##P(kThisIsa, &lora_linear);                    \
+  static const File<Nf4LoraLinear<T, P>> nf4_lora_##T##_##P(kThisIsa, &nf4_lora_linear);         \
   static const File<LoraLinearBackward<T, P>> lora_b_##T##_##P(kThisIsa, &lora_linear_backward); \
   static const File<Nf4LoraLinearBackward<T, P>> nf4_lora_b_##T##_##P(kThisIsa, &nf4_lora_linear_backward)
 LK_LORA_KERNELS(float, float);

@@ -5,24 +5,37 @@
 //
 //   y = x Wᵀ + bias            dx = dy W                     W is decoded panel by panel and never stored
 //
-// The bytes are those of bitsandbytes (quant_type "nf4"). Blocks run over the row-major flattened weight and may cross rows.
-// Shapes: M tokens, N out_features, K in_features.
+// The bytes are those of bitsandbytes (quant_type "nf4"). Blocks run over the row-major flattened weight and may cross
+// rows. Shapes: M tokens, N out_features, K in_features.
 #pragma once
 #include "../common/linear.h"
 
 namespace llamakern {
 
 inline constexpr float kNf4Codebook[16] = {
-    -1.0f,                 -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f,  0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-    0.44070982933044434f,  0.5626170039176941f,  0.7229568362236023f,  1.0f,
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
 };
-// A value takes the number of thresholds that it strictly exceeds. They are bitsandbytes' CUDA constants, each rounded from
-// its decimals straight to float32: four of them are one step away from the float32 midpoint of the two codes.
+// A value takes the number of thresholds that it strictly exceeds. They are bitsandbytes' CUDA constants, each rounded
+// from its decimals straight to float32: four of them are one step away from the float32 midpoint of the two codes.
 inline constexpr float kNf4Thresholds[15] = {
-    -0.84809643f, -0.610632896f, -0.45999527f, -0.33967942f, -0.234607399f, -0.137911737f, -0.0455250181f, 0.0397901498f,
-    0.120255254f, 0.203521252f, 0.292013764f, 0.389312536f, 0.501663387f, 0.64278692f, 0.861478388f,
+    -0.84809643f,  -0.610632896f,  -0.45999527f,  -0.33967942f, -0.234607399f,
+    -0.137911737f, -0.0455250181f, 0.0397901498f, 0.120255254f, 0.203521252f,
+    0.292013764f,  0.389312536f,   0.501663387f,  0.64278692f,  0.861478388f,
 };
 
 constexpr int64_t kAbsmaxBlock = 256;  // absmax values that share one absmax_scale
@@ -70,7 +83,7 @@ struct Nf4Matrix {              // [N, K]
   const float* absmax_scale;    // [ceil(blocks / 256)]
   const float* absmax_offset;   // one
   int64_t N, K;
-  int block_shift;              // block_size = 2^block_shift
+  int block_shift;  // block_size = 2^block_shift
 
   LK_HD float block_scale(int64_t block) const {
     if (absmax) return absmax[block];
@@ -104,8 +117,8 @@ struct Nf4DoubleQuantize {
 
 template <typename T>
 struct Nf4Linear {
-  T* y;           // [M, N]  out
-  const T* x;     // [M, K]  row stride x_row
+  T* y;        // [M, N]  out
+  const T* x;  // [M, K]  row stride x_row
   int64_t x_row;
   Nf4Matrix w;
   Either<T> bias;  // [N] or null
@@ -114,8 +127,8 @@ struct Nf4Linear {
 
 template <typename T>
 struct Nf4LinearBackward {
-  T* dx;         // [M, K]  out
-  const T* dy;   // [M, N]  row stride dy_row
+  T* dx;        // [M, K]  out
+  const T* dy;  // [M, N]  row stride dy_row
   int64_t dy_row;
   Nf4Matrix w;
   int64_t M;

@@ -90,7 +90,8 @@ static void nf4_linear(const Nf4Linear<T>& p) {
   with_strips(M, [&]<int MV>() {
     Scratch<uint32_t> lanes(packed_size<W, MV>(M, K));
     pack_rows<W, MV>(lanes, p.x, p.x_row, M, K);
-    gemm<W, MV, Panel::kByRow>(M, N, StoreTokens<MV, T>{p.y, M, N, p.bias}, Segment{lanes, words_of<W>(K), Nf4Rows<W>{p.w}});
+    gemm<W, MV, Panel::kByRow>(M, N, StoreTokens<MV, T>{p.y, M, N, p.bias},
+                               Segment{lanes, words_of<W>(K), Nf4Rows<W>{p.w}});
   });
 }
 
@@ -101,7 +102,8 @@ static void nf4_linear_backward(const Nf4LinearBackward<T>& p) {
   with_strips(M, [&]<int MV>() {
     Scratch<uint32_t> lanes(packed_size<W, MV>(M, N));
     pack_rows<W, MV>(lanes, p.dy, p.dy_row, M, N);
-    gemm<W, MV, Panel::kByWord>(M, K, StoreTokens<MV, T>{p.dx, M, K, {}}, Segment{lanes, words_of<W>(N), Nf4Columns<W>{p.w}});
+    gemm<W, MV, Panel::kByWord>(M, K, StoreTokens<MV, T>{p.dx, M, K, {}},
+                                Segment{lanes, words_of<W>(N), Nf4Columns<W>{p.w}});
   });
 }
 

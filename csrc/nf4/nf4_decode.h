@@ -32,7 +32,8 @@ inline void decode_unit(PairWords, IVec (&out)[2], const uint8_t* bytes, float a
   const __m512 scaled = (__m512)(load(kNf4Codebook) * absmax);
   const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled);
   const __m512i b = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)bytes));
-  const __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(b, 4), table), odd = _mm512_permutexvar_epi16(b, table);
+  const __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(b, 4), table),
+                odd = _mm512_permutexvar_epi16(b, table);
   out[0] = interleave_low(even, odd);
   out[1] = interleave_high(even, odd);
 }
@@ -41,7 +42,8 @@ inline void decode_unit(PairWords, IVec (&out)[2], const uint8_t* bytes, float a
 inline void decode_unit(FloatWords, IVec (&out)[kUnit / kLanes], const uint8_t* bytes, float absmax) {
 #if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX512BF16)
   const __m512 table = (__m512)(load(kNf4Codebook) * absmax);
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), eight = _mm512_set1_epi32(8);
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                eight = _mm512_set1_epi32(8);
   for (int i = 0; i < 2; ++i) {
     const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + 16 * i)));
     const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table), odd = _mm512_permutexvar_ps(b, table);
@@ -101,7 +103,8 @@ struct Nf4Rows {
     } else {
       alignas(64) float run[2 * 256];
       decode_run(run, w, i, count);
-      for (int64_t k = 0; k < count; k += kLanes * W::kPer, out += kLanes) store_words(out, W::along(run + k, count - k));
+      for (int64_t k = 0; k < count; k += kLanes * W::kPer, out += kLanes)
+        store_words(out, W::along(run + k, count - k));
     }
   }
 

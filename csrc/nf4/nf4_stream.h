@@ -1,5 +1,5 @@
-// NF4 linear for a few tokens: the time is that of reading the weight, so each row is decoded in registers and multiplied
-// with all tokens at once.
+// NF4 linear for a few tokens: the time is that of reading the weight, so each row is decoded in registers and
+// multiplied with all tokens at once.
 #pragma once
 #include "../common/parallel.h"
 #include "../common/scratch.h"
@@ -7,8 +7,8 @@
 
 namespace llamakern::LK_ISA {
 
-constexpr int64_t kStreamTokens = 8;    // from here on the tile, which decodes once for 16 lanes, is faster
-constexpr int64_t kStreamRows = 32;     // rows of a task; two streams far apart keep more cache lines in flight than one
+constexpr int64_t kStreamTokens = 8;  // from here on the tile, which decodes once for 16 lanes, is faster
+constexpr int64_t kStreamRows = 32;   // rows of a task; two streams far apart keep more cache lines in flight than one
 constexpr int64_t kStreamAhead = 8192;  // bytes
 
 inline bool can_stream(const Nf4Matrix& w, int64_t M) { return M <= kStreamTokens && in_units(w); }
@@ -16,7 +16,9 @@ inline bool can_stream(const Nf4Matrix& w, int64_t M) { return M <= kStreamToken
 // sums[r][m] = Σ_k W[row + r·far][k] · x[m][k], x as words [M][K / kPer].
 template <typename W, int M, int NR>
 inline void stream_rows(float (&sums)[NR][M], const Nf4Matrix& w, int64_t row, int64_t far, const uint32_t* x) {
-  constexpr int chains = M == 1 ? (kUnitVecs<W> < 4 ? kUnitVecs<W> : 4) : M == 2 ? 2 : 1;  // sums that do not wait for each other
+  constexpr int chains = M == 1   ? (kUnitVecs<W> < 4 ? kUnitVecs<W> : 4)
+                         : M == 2 ? 2
+                                  : 1;  // sums that do not wait for each other
   Vec acc[NR][M][chains] = {};
   const int64_t words = w.K / W::kPer;
   for (int64_t k = 0; k < w.K; k += kUnit)

@@ -4,8 +4,8 @@
     g  = dy B                                dx = dy W + s·drop(g A)
     dA = s·gᵀ drop(x)                        dB = s·dyᵀ h            dW = dyᵀ x (dense base, if it trains)
 
-drop keeps an element with probability 1 - p and multiplies it by 1 / (1 - p). Its mask is a function of (seed, m, k) alone,
-so the backward makes it again.
+drop keeps an element with probability 1 - p and multiplies it by 1 / (1 - p). Its mask is a function of (seed, m, k)
+alone, so the backward makes it again.
 
 Shapes: M tokens, N out_features, K in_features, R rank, s = scale.
 """
@@ -34,8 +34,8 @@ def lora_linear(
     """y = out_scale ⊙ (x̂ Wᵀ + s·drop(x̂) Aᵀ Bᵀ) + bias, where x̂ = in_scale ⊙ x.
 
     x and w are float32 or bfloat16; lora_a and lora_b both have that dtype or are both float32. Gradients flow to every
-    tensor that requires one, w included. With B = 0 the result is F.linear(x, w, bias), bit for bit. The same seed gives
-    the same dropout mask. Under autocast x and w take autocast's dtype. Raises ValueError for shapes and values,
+    tensor that requires one, w included. With B = 0 the result is F.linear(x, w, bias), bit for bit. The same seed
+    gives the same dropout mask. Under autocast x and w take autocast's dtype. Raises ValueError for shapes and values,
     TypeError for dtypes.
     """
     if autocast_dtype(x) is not None:
@@ -78,13 +78,15 @@ def nf4_lora_linear(
 
     def linear(x, bias):
         call = _recorded_nf4 if wants_grad(x, lora_a, lora_b, bias) else _raw_nf4
-        return call(x, weight, absmax, lora_a, lora_b, bias, absmax_scale, absmax_offset, seed, scale, dropout, N, K, block_size)[0]
+        return call(
+            x, weight, absmax, lora_a, lora_b, bias, absmax_scale, absmax_offset, seed, scale, dropout, N, K, block_size
+        )[0]
 
     return scaled("nf4_lora_linear", linear, x, bias, in_scale, out_scale)
 
 
 def dropout_mask_reference(seed, M, K, dropout):
-    """Which elements (M, K) are kept, in plain PyTorch: a row's two keys come from SplitMix64, an element's draw from them."""
+    """Which elements (M, K) are kept: a row's two keys come from SplitMix64, an element's draw from them."""
     low, high = (1 << 32) - 1, (1 << 64) - 1
 
     def mix(z):
@@ -119,7 +121,19 @@ def lora_linear_reference(
 
 
 def nf4_lora_linear_reference(
-    x, weight, absmax, lora_a, lora_b, bias=None, *, scale, dropout=0.0, seed=None, in_scale=None, out_scale=None, **format
+    x,
+    weight,
+    absmax,
+    lora_a,
+    lora_b,
+    bias=None,
+    *,
+    scale,
+    dropout=0.0,
+    seed=None,
+    in_scale=None,
+    out_scale=None,
+    **format,
 ):
     """What the op means, in plain PyTorch."""
     x = x if in_scale is None else x * in_scale.to(x.dtype)

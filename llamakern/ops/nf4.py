@@ -24,8 +24,8 @@ CODEBOOK = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-# A value takes the number of thresholds that it strictly exceeds. They are bitsandbytes' CUDA constants, each rounded from
-# its decimals straight to float32: four of them are one step away from the float32 midpoint of the two codes.
+# A value takes the number of thresholds that it strictly exceeds. They are bitsandbytes' CUDA constants, each rounded
+# from its decimals straight to float32: four of them are one step away from the float32 midpoint of the two codes.
 THRESHOLDS = (
     -0.84809643, -0.610632896, -0.45999527, -0.33967942, -0.234607399, -0.137911737, -0.0455250181, 0.0397901498,
     0.120255254, 0.203521252, 0.292013764, 0.389312536, 0.501663387, 0.64278692, 0.861478388,
@@ -86,8 +86,8 @@ def nf4_linear(
     """y = out_scale ⊙ ((in_scale ⊙ x) Wᵀ) + bias, with W decoded from its packed bytes on the fly, never stored.
 
     x is float32 or bfloat16; bias and the scales have its dtype or float32. Gradients flow to x, bias and the scales
-    (dx = dy W from the same bytes); the weight is frozen. Under autocast x takes autocast's dtype. Raises ValueError for
-    shapes and block sizes, TypeError for dtypes.
+    (dx = dy W from the same bytes); the weight is frozen. Under autocast x takes autocast's dtype. Raises ValueError
+    for shapes and block sizes, TypeError for dtypes.
     """
     N, K = _shape("nf4_linear", weight, shape)
 
@@ -164,7 +164,9 @@ def _shape(op, weight, shape):
     if shape is not None:
         return shape
     if weight.dim() != 2:
-        raise ValueError(f"{op}: weight must have shape (N, K/2) where shape=(N, K) is not given, got {list(weight.shape)}")
+        raise ValueError(
+            f"{op}: weight must have shape (N, K/2) where shape=(N, K) is not given, got {list(weight.shape)}"
+        )
     return weight.shape[0], 2 * weight.shape[1]
 
 
