@@ -1,4 +1,4 @@
-"""NF4 linear from packed bytes against dequantise + F.linear, and against torch's dense linear (four times the bytes)."""
+"""NF4 linear from packed bytes against dequantise + F.linear and against torch's dense linear, four times the bytes."""
 
 import torch
 import torch.nn.functional as F

@@ -82,7 +82,7 @@ def test_exponentials(vec, name, function, low, high, infinite):
     inside = (x >= low) & (x <= high)
     assert ulps(y[inside], truth[inside]).max() <= 3
     assert (y[x < low] <= 2.0 * SMALLEST).all()
-    assert not y[x < low - 2].any()
+    assert not y[x < low - 25].any()
     assert (y[x >= infinite] == torch.inf).all()
     between = (x > high) & (x < infinite)
     assert ((y[between] == torch.inf) | (ulps(y[between], truth[between]) <= 3)).all()

@@ -83,7 +83,7 @@ static void scores(Chunk<T, MV>& k) {
   const Segment segment{lanes.get(), words, DenseRows<W, T>{k.p.w, k.p.w_row, k.p.C}};
   parallel_for(k.blocks, [&](int64_t block) {
     const int64_t rows = k.end_of(block) - block * kVocabBlock, c_strip = round_up(rows, kRows<MV>) * width;
-    Scratch<uint32_t> panel(kPanelRows * kBlock<MV>);
+    Scratch<uint32_t> panel(kPanelRows * kBlockWords);
     Scratch<float> c(min64(k.strips, kGroupStrips) * c_strip);
     for (int64_t strip = 0; strip < k.strips; strip += kGroupStrips) {
       const int64_t here = min64(k.strips - strip, kGroupStrips);

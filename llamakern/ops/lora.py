@@ -73,6 +73,7 @@ def nf4_lora_linear(
     """lora_linear over an NF4 weight, in one pass: LoRA is R more columns of the reduction.
 
     The weight's format is that of nf4_linear, and it is frozen. With B = 0 the result is nf4_linear's, bit for bit.
+    Raises ValueError for shapes and values, TypeError for dtypes.
     """
     N, K = _shape("nf4_lora_linear", weight, shape)
 

@@ -53,7 +53,10 @@ def nf4_dequantize(
     absmax_offset: Tensor | None = None,  # () float32
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # (N, K)
-    """The weight that the codes stand for: codebook[code]·absmax in float32, then rounded to dtype. No gradient."""
+    """The weight that the codes stand for: codebook[code]·absmax in float32, then rounded to dtype. No gradient.
+
+    Raises ValueError for shapes, TypeError for dtypes.
+    """
     if dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"nf4_dequantize: dtype must be float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
     N, K = _shape("nf4_dequantize", weight, shape)
@@ -64,7 +67,7 @@ def nf4_double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantises absmax (float32) itself: (codes uint8 like absmax, absmax_scale (ceil(n/256),), absmax_offset ()).
 
     What differs from the mean becomes one of bitsandbytes' 256 dynamic levels, in blocks of 256 values:
-    absmax[j] = dynamic[codes[j]]·absmax_scale[j / 256] + absmax_offset. No gradient.
+    absmax[j] = dynamic[codes[j]]·absmax_scale[j / 256] + absmax_offset. No gradient. Raises TypeError for dtypes.
     """
     absmax_offset = absmax.mean()
     return *_double_quantize(absmax, absmax_offset), absmax_offset
