@@ -37,9 +37,12 @@ format: $(READY)
 	$(VENV)/ruff format -q .
 	$(VENV)/clang-format -i $$(git ls-files 'csrc/*' 'bindings/*' | grep -E '\.(h|cpp)$$')
 
-# One table per room; results go to benchmarks/results/.
+# One table per room: make bench RESULTS=benchmarks/results/mine keeps them as JSON and as one page.
+RESULTS ?= build/results
 bench: env
-	for room in $(ROOMS); do $(VENV)/python benchmarks/bench_$$room.py || exit 1; done
+	mkdir -p $(RESULTS)
+	for room in $(ROOMS); do $(VENV)/python benchmarks/bench_$$room.py --json $(RESULTS)/$$room.json || exit 1; done
+	$(VENV)/python benchmarks/report.py $(RESULTS) > $(RESULTS)/README.md
 
 # The room tests on a build with the address and undefined-behaviour sanitizers. SANITIZE_TESTS=tests/test_rope.py for a part.
 SANITIZE_TESTS ?= $(ROOMS:%=tests/test_%.py)
