@@ -38,9 +38,9 @@ def line(room: str, row: dict) -> str:
 def report(folder: Path, highlights: bool = False) -> str:
     """The table of a folder of result files, or the chosen rows of it."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    machine = next(iter(results.values()))["machine"]
+    m = next(iter(results.values()))["machine"]
     lines = [
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}, {machine['date']}.",
+        f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, {m['date']}.",
         "",
         "| room | shape | ours | the others, and how many times as long they take | ours reaches |",
         "|---|---|---|---|---|",
