@@ -43,7 +43,8 @@ void check_heads(const char* op, const Tensor& q, const char* k_name, const Tens
 Sight make_sight(const char* op, bool causal, bool top_left, MaybeInt window, MaybeInt chunk) {
   check(!window || *window >= 1, op, ": window must be positive, got ", window.value_or(0));
   check(!chunk || *chunk >= 1, op, ": chunk must be positive, got ", chunk.value_or(0));
-  return {causal, top_left, window.value_or(0), chunk.value_or(0)};
+  constexpr int64_t kAll = int64_t(1) << 32;  // more than any distance: larger ones would overflow beside a position
+  return {causal, top_left, min64(window.value_or(0), kAll), min64(chunk.value_or(0), kAll)};
 }
 
 Mask make_mask(const char* op, const MaybeTensor& mask, const Tensor& q, const Tensor& k) {
@@ -84,9 +85,11 @@ Tensor check_starts(const char* op, const char* name, const Tensor& starts, cons
   const Tensor flat = as_contiguous(starts);
   const int32_t* at = cptr<int32_t>(flat);
   const int64_t n = flat.size(0) - 1;
-  bool rises = at[0] == 0 && at[n] == tokens;
-  for (int64_t i = 0; rises && i < n; ++i) rises = at[i] <= at[i + 1];
-  check(rises, op, ": ", name, " must rise from 0 to the ", tokens, " tokens");
+  check(at[0] == 0 && at[n] == tokens, op, ": ", name, " must rise from 0 to the ", tokens, " tokens, got ", at[0],
+        " to ", at[n]);
+  for (int64_t i = 0; i < n; ++i)
+    check(at[i] <= at[i + 1], op, ": ", name, " must rise from 0 to the ", tokens, " tokens, got ", at[i + 1],
+          " after ", at[i]);
   return flat;
 }
 

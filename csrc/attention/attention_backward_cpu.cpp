@@ -146,8 +146,9 @@ struct QueryStrip {
     for (int lane = 0; lane < kStrip; ++lane) {
       const bool there = lane < strip.lanes;
       const int64_t at = group.lse_index(strip.row(lane));
-      lse[lane] = there && p.lse[at] != -INFINITY ? p.lse[at] * kLog2e : INFINITY;
-      minus_delta[lane] = there && p.dlse ? p.dlse[at] : 0.0f;
+      const bool sees = there && p.lse[at] != -INFINITY;
+      lse[lane] = sees ? p.lse[at] * kLog2e : INFINITY;
+      minus_delta[lane] = sees && p.dlse ? p.dlse[at] : 0.0f;
       if (!there) continue;
       const T *y = group.row_of(p.y, strip.row(lane)), *g = rows + lane * D;
       Vec delta{};

@@ -87,6 +87,7 @@ void weigh_row(P* p, float* s, int64_t n, const Group<T>& group, int64_t row, in
     store(p + i, x);
   }
   l = sum(total);
+  if (l != l) m = l;  // the maximum may have passed over a NaN among hidden keys, and the part would count as empty
 }
 
 // Reads n rows of all heads in the order in which they lie, so that memory streams: head by head it would jump.
@@ -204,7 +205,7 @@ void few_queries(const AttentionForward<T>& p) {
     if (seen_by_some(p.in, sequence, j0))
       attend_range(p, sequence, j0, mine);
     else
-      for (int64_t i = 0; i < Hkv * sequence.T * p.in.G(); ++i) mine[i / rows].m[i % rows] = -INFINITY;
+      for (int64_t i = 0; i < Hkv * rows; ++i) mine[i / rows].m[i % rows] = -INFINITY;
   });
   parallel_ranges(p.in.sequences * Hkv, 16, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
