@@ -19,7 +19,8 @@ struct Nf4Weight {
             const std::optional<Tensor>& offset, int64_t N, int64_t K, int64_t block_size)
       : codes(as_contiguous(weight)), absmax(as_contiguous(absmax_)) {
     check_block_size(op, block_size);
-    check(N >= 0 && K >= 0, op, ": shape must be two sizes, got ", shape_text(std::vector{N, K}));
+    check(N >= 0 && K >= 0 && N <= INT64_MAX / max64(1, K), op, ": shape must be two sizes, got ",
+          shape_text(std::vector{N, K}));
     const int64_t blocks = ceil_div(N * K, block_size);
     check_dtype(op, "weight", weight, ScalarType::Byte);
     check_count(op, "weight", weight, ceil_div(N * K, 2), "bytes", N, K);
