@@ -152,6 +152,15 @@ def test_nothing_counts(rows, dtype):
             assert not g.any()
 
 
+def test_no_vocabulary():
+    h = torch.randn(3, 8, requires_grad=True)
+    w, labels = torch.zeros(0, 8, requires_grad=True), torch.full((3,), -100)
+    loss = ops.linear_cross_entropy(h, w, labels, reduction="sum")
+    loss.backward()
+    assert loss.item() == 0
+    assert not h.grad.any()
+
+
 def test_batches_and_strides(dtype):
     _, w, _ = make_inputs(1, 16, 60, dtype)
     labels = torch.randint(0, 60, (3, 8))

@@ -212,7 +212,7 @@ static void linear_cross_entropy(const LinearCrossEntropy<T>& p) {
   // A bfloat16 dW that is summed over chunks needs `low`. Tokens whose P takes no more memory than that go at once.
   const int64_t low_size = p.dw && sizeof(T) == 2 ? p.V * p.C : 0;
   const int64_t budget = max64(kChunkBytes, low_size * int64_t(sizeof(T)));
-  const int64_t at_once = max64(kStrip, budget / (4 * words_of<Words<T>>(p.V)) / kStrip * kStrip);
+  const int64_t at_once = max64(kStrip, budget / (4 * max64(1, words_of<Words<T>>(p.V))) / kStrip * kStrip);
   const int64_t chunks = ceil_div(count, at_once), size = round_up(ceil_div(count, max64(1, chunks)), kStrip);
   Scratch<T> low(chunks > 1 ? low_size : 0);
   T* const rest = chunks > 1 && low_size ? low.get() : nullptr;
