@@ -107,7 +107,7 @@ inline Rows as_rows(const Tensor& t) {
 
 inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
   int64_t strides[64], step = 1;
-  for (size_t i = sizes.size(); i-- > 0; step *= sizes[i]) strides[i] = step;
+  for (size_t i = sizes.size(); i-- > 0; step *= max64(1, sizes[i])) strides[i] = step;  // torch's, where a size is 0
   int32_t device_type, device_index;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));

@@ -73,6 +73,10 @@ def test_strided_inputs(dtype):
         assert ours["out0"].is_contiguous()
 
 
+def test_empty_output_has_torchs_strides():
+    assert ops.swiglu(torch.ones(2, 0, 8), torch.ones(2, 0, 8)).stride() == torch.ones(2, 0, 8).stride()
+
+
 def test_strided_upstream_gradient():
     gate, up = make_inputs((4, 6, 10))
     for g in (torch.randn(6, 4, 10).transpose(0, 1), torch.ones(()).expand(4, 6, 10), torch.randn(4, 6, 30)[..., 5:15]):
