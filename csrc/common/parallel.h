@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <cstdint>
+#include <exception>
 
 #include "isa.h"
 
@@ -17,8 +18,17 @@ void parallel_for(int64_t tasks, const Fn& fn) {
     for (int64_t task = 0; task < tasks; ++task) fn(task);
     return;
   }
+  std::exception_ptr failure;
 #pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t task = 0; task < tasks; ++task) fn(task);
+  for (int64_t task = 0; task < tasks; ++task) {
+    try {
+      fn(task);
+    } catch (...) {  // std::bad_alloc; an exception that leaves the region would end the process
+#pragma omp critical(llamakern_failure)
+      failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
 }
 
 // The same for cheap items: fn(begin, end) over pieces of at most `grain` items.

@@ -16,12 +16,6 @@ constexpr size_t kKeep = size_t(64) << 20;
 
 size_t padded(size_t bytes) { return (bytes + 127) / 64 * 64; }
 
-void* allocate(size_t bytes) {
-  void* p = std::aligned_alloc(64, bytes);
-  if (!p) throw std::bad_alloc();
-  return p;
-}
-
 struct Stack {
   char* base = nullptr;
   size_t size = 0, top = 0;     // bytes of the block, bytes handed out of it
@@ -35,11 +29,12 @@ thread_local Stack stack;
 void* scratch_take(size_t bytes) {
   bytes = padded(bytes);
   Stack& s = stack;
+  const bool inside = s.top + bytes <= s.size;
+  void* piece = inside ? s.base + s.top : std::aligned_alloc(64, bytes);
+  if (!piece) throw std::bad_alloc();
   s.in_use += bytes;
   if (s.in_use > s.most) s.most = s.in_use;
-  if (s.top + bytes > s.size) return allocate(bytes);
-  void* piece = s.base + s.top;
-  s.top += bytes;
+  if (inside) s.top += bytes;
   return piece;
 }
 
@@ -54,9 +49,9 @@ void scratch_give(void* piece, size_t bytes) {
     std::free(piece);
   if (s.in_use == 0 && s.most > s.size && s.size < kKeep) {
     std::free(s.base);
-    s.base = nullptr;
-    s.size = s.most < kKeep ? s.most : kKeep;
-    s.base = static_cast<char*>(allocate(s.size));
+    const size_t size = s.most < kKeep ? s.most : kKeep;
+    s.base = static_cast<char*>(std::aligned_alloc(64, size));
+    s.size = s.base ? size : 0;
   }
 }
 
