@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def differentiable(
@@ -19,8 +20,8 @@ def differentiable(
     fake(*args) returns empty outputs; setup_context(ctx, inputs, output) and backward(ctx, *grads) are those of
     torch.autograd.Function, with one gradient for each argument of the op.
     """
-    torch.library.register_fake(f"llamakern::{name}")(fake)
-    torch.library.register_fake(f"llamakern::_{name}")(fake)
+    register_shapes(name, fake)
+    register_shapes(name, fake, prefix="_")
     torch.library.register_autograd(f"llamakern::{name}", backward, setup_context=setup_context)
     raw = getattr(torch.ops.llamakern, f"_{name}").default
 
@@ -39,7 +40,11 @@ def differentiable(
     Transformable.setup_context = staticmethod(setup_context)
     Recorded.backward = Transformable.backward = staticmethod(backward)
 
+    traceable = getattr(torch.ops.llamakern, name).default
+
     def recorded(*args):
+        if torch.compiler.is_compiling():  # which refuses a Function that is given one tensor twice, as in q, k, k
+            return traceable(*args)
         # torch.func asks for the second form, which costs 5 us more: it binds the arguments by signature at each call.
         form = Transformable if torch._C._are_functorch_transforms_active() else Recorded
         return form.apply(*args)
@@ -49,7 +54,7 @@ def differentiable(
 
 def backward_op(name: str, *, fake: Callable) -> Callable:
     """Gives a backward op its shapes. Its own gradient cannot be taken."""
-    torch.library.register_fake(f"llamakern::{name}")(fake)
+    register_shapes(name, fake)
     return once(name, getattr(torch.ops.llamakern, name).default)
 
 
@@ -77,12 +82,26 @@ def once(name: str, fn: Callable) -> Callable:
 
 def plain_op(name: str, *, fake: Callable) -> Callable:
     """Gives an op without gradient its shapes."""
-    torch.library.register_fake(f"llamakern::{name}")(fake)
+    register_shapes(name, fake)
     return getattr(torch.ops.llamakern, name).default
 
 
+def register_shapes(name: str, fake: Callable, prefix: str = "") -> None:
+    """Registers the fake of an op, for tensors of one device: beside a meta tensor, real ones would go uncomputed."""
+
+    def checked(*args):
+        devices = {str(a.device) for a in args if isinstance(a, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"{name}: tensors must be on one device, got {' and '.join(sorted(devices))}")
+        return fake(*args)
+
+    torch.library.register_fake(f"llamakern::{prefix}{name}")(checked)
+
+
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether the call must be recorded for a backward."""
+    """Whether the call must be recorded: for a backward, or to refuse a forward-mode tangent, never to lose it."""
+    if forward_ad._current_level >= 0:
+        return True
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
