@@ -87,6 +87,16 @@ def test_cache_append(dtype):
     assert_same_bits(v_cache, want_v)
 
 
+def test_cache_append_is_seen_by_a_backward():
+    """A cache that a backward has saved must not change unnoticed."""
+    cache, k = torch.randn(1, 4, 1, 8), torch.ones(1, 1, 1, 8)
+    q = torch.randn(1, 4, 1, 8, requires_grad=True)
+    y = ops.attention(q, cache, cache)
+    ops.cache_append_(cache, cache.clone(), k, k, torch.tensor([1]).int())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_opcheck():
     q, (k, v) = torch.randn(1, 3, 4, 8), make_cache(1, 3, 2, 8, torch.float32)
     cache, lengths, table = (

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from llamakern.ops._door import autocast_dtype, backward_op, differentiable, plain_op, wants_grad
 
@@ -80,7 +81,8 @@ def scaled_dot_product_attention(
         if wants_grad(attn_mask):
             raise NotImplementedError(f"{op}: attn_mask must not require a gradient")
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        raise ValueError(f"{op}: query, key and value must have shape (B, H, T, D), got {query.dim()} dimensions")
+        shapes = ", ".join(str(list(t.shape)) for t in (query, key, value))
+        raise ValueError(f"{op}: query, key and value must have shape (B, H, T, D), got {shapes}")
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(f"{op}: key must have query's {query.shape[1]} heads without enable_gqa, got {key.shape[1]}")
     q, k, v = _autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
@@ -128,6 +130,8 @@ def cache_append_(
     if wants_grad(k_cache, v_cache, k, v):
         raise RuntimeError("cache_append_: has no gradient; use torch.no_grad()")
     _append(k_cache, v_cache, k, v, lengths, block_table)
+    if not (torch.compiler.is_compiling() or k_cache.is_inference() or v_cache.is_inference()):
+        increment_version((k_cache, v_cache))  # so that a backward that saved them before sees the change
 
 
 def _autocast(q, k, v):
