@@ -154,6 +154,13 @@ def test_leading_dimensions_and_strides(base, dtype):
     assert wide.grad.shape == (20, 64)
 
 
+def test_no_rows_of_the_weight():
+    x, w = torch.ones(2, 64, requires_grad=True), torch.zeros(0, 64, requires_grad=True)
+    ops.lora_linear(x, w, torch.ones(4, 64), torch.zeros(0, 4), scale=1.0).sum().backward()
+    assert not x.grad.any()
+    assert w.grad.shape == (0, 64)
+
+
 def test_only_what_wants_a_gradient_gets_one():
     op, _, (x, w, lora_a, lora_b, bias) = make_case("dense", 5, 6, 64, 3)
     x, w, bias = x.detach(), w.detach(), bias.detach()

@@ -223,6 +223,15 @@ def test_leading_dimensions_and_strides(dtype):
     assert torch.equal(ops.nf4_linear(across, *packed_across), want)
 
 
+def test_no_rows_of_the_weight():
+    x, bias = torch.ones(2, 64, requires_grad=True), torch.zeros(0, requires_grad=True)
+    y = ops.nf4_linear(x, torch.zeros(0, 32, dtype=torch.uint8), torch.zeros(0, 1), bias)
+    assert y.shape == (2, 0)
+    y.sum().backward()
+    assert not x.grad.any()
+    assert bias.grad.shape == (0,)
+
+
 def test_flat_and_row_form_are_the_same_bytes(dtype):
     weight, absmax, _ = make_weight(10, 128)
     x = torch.randn(3, 128).to(dtype)
@@ -328,6 +337,12 @@ BYTES = {"dtype": torch.uint8}
             ValueError,
             r"nf4_linear: weight must hold 264 bytes for a weight of shape \[8, 66\], got \[8, 32\]",
         ),
+        ({"shape": (8,)}, ValueError, r"nf4_linear: shape must be \(N, K\), got \(8,\)"),
+        (
+            {"shape": (2**32, 2**32), "weight": torch.zeros(0, **BYTES), "absmax": torch.zeros(0)},
+            ValueError,
+            "nf4_linear: shape must be two sizes",
+        ),
         (
             {"absmax": torch.zeros(8, 2)},
             ValueError,
@@ -376,3 +391,5 @@ def test_bad_input_of_the_codec():
         ops.nf4_dequantize(torch.zeros(1, 32, **BYTES), torch.zeros(1, 1), dtype=torch.float16)
     with pytest.raises(TypeError, match="nf4_double_quantize: absmax must be float32, got bfloat16"):
         ops.nf4_double_quantize(torch.zeros(3).bfloat16())
+    with pytest.raises(TypeError, match="nf4_double_quantize: absmax must be float32, got uint8"):
+        ops.nf4_double_quantize(torch.zeros(3, **BYTES))  # quantised already

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamakern.ops._door import autocast_dtype, backward_op, differentiable, wants_grad
-from llamakern.ops.nf4 import _shape, bias_gradient, nf4_linear_reference, scaled
+from llamakern.ops.nf4 import _shape, bias_gradient, nf4_linear_reference, scaled, tokens
 
 
 def lora_linear(
@@ -162,8 +162,7 @@ def _check_dense(x, w, bias):
 
 
 def _fake_outputs(x, N, lora_a):
-    tokens = x.shape[:-1]
-    return x.new_empty(*tokens, N), x.new_empty(tokens.numel(), lora_a.shape[0], dtype=torch.float32)
+    return x.new_empty(*x.shape[:-1], N), x.new_empty(x.shape[:-1].numel(), lora_a.shape[0], dtype=torch.float32)
 
 
 def _fake(base, x, w, lora_a, lora_b, seed, scale, dropout):
@@ -205,7 +204,7 @@ def _backward(ctx, dy, _dh):
     want_dx = ctx.needs_input_grad[1]
     dx, da, db = _lora_linear_backward(dy, *saved, *ctx.knobs, want_dx)
     # torch's own matmul here too, as for the base of the forward.
-    dw = dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[2] else None
+    dw = tokens(dy).mT @ tokens(x) if ctx.needs_input_grad[2] else None
     return dy, dx if want_dx else None, dw, da, db, None, None, None
 
 

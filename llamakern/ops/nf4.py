@@ -69,6 +69,9 @@ def nf4_double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     What differs from the mean becomes one of bitsandbytes' 256 dynamic levels, in blocks of 256 values:
     absmax[j] = dynamic[codes[j]]·absmax_scale[j / 256] + absmax_offset. No gradient. Raises TypeError for dtypes.
     """
+    if absmax.dtype != torch.float32:
+        name = str(absmax.dtype).removeprefix("torch.")
+        raise TypeError(f"nf4_double_quantize: absmax must be float32, got {name}")
     absmax_offset = absmax.mean()
     return *_double_quantize(absmax, absmax_offset), absmax_offset
 
@@ -165,6 +168,8 @@ def nf4_linear_reference(x, weight, absmax, bias=None, *, in_scale=None, out_sca
 
 def _shape(op, weight, shape):
     if shape is not None:
+        if len(shape) != 2:
+            raise ValueError(f"{op}: shape must be (N, K), got {tuple(shape)}")
         return shape
     if weight.dim() != 2:
         raise ValueError(
@@ -237,7 +242,12 @@ def _backward(ctx, dy):
 
 def bias_gradient(dy, dtype):
     """dy (..., N) summed over the tokens, in float32."""
-    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
+    return tokens(dy).sum(0, dtype=torch.float32).to(dtype)
+
+
+def tokens(x):
+    """x (..., C) as (M, C); C may be 0, where reshape(-1, C) refuses."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 _raw, _recorded = differentiable("nf4_linear", fake=_fake, setup_context=_setup_context, backward=_backward)
