@@ -15,11 +15,11 @@ $(READY): requirements-dev.txt tools/preflight.py
 	$(PYTHON) -m venv .venv
 	$(PYTHON) -c "import importlib.util as u, sysconfig as s; print(s.get_paths()['purelib'] if u.find_spec('torch') else '')" \
 	  > $$($(VENV)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/llamakern-host.pth
-	$(VENV)/python -m pip install -q -r requirements-dev.txt
+	$(VENV)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 build: $(READY)
-	$(VENV)/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(VENV)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 
 demo: env
 	$(VENV)/python -m llamakern demo
