@@ -15,17 +15,18 @@ $(READY): requirements-dev.txt tools/preflight.py
 	$(PYTHON) -m venv .venv
 	$(PYTHON) -c "import importlib.util as u, sysconfig as s; print(s.get_paths()['purelib'] if u.find_spec('torch') else '')" \
 	  > $$($(VENV)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/llamakern-host.pth
-	$(VENV)/python -m pip install -q -r requirements-dev.txt
+	$(VENV)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 build: $(READY)
-	$(VENV)/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(VENV)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 
 demo: env
 	$(VENV)/python -m llamakern demo
 
+# Passive waiting: on a busy machine a thread that spins at a barrier keeps the one it waits for from running.
 test: env
-	$(VENV)/pytest
+	OMP_WAIT_POLICY=passive $(VENV)/pytest
 
 lint: $(READY)
 	$(VENV)/ruff check .
