@@ -15,17 +15,18 @@ $(READY): requirements-dev.txt tools/preflight.py
 	$(PYTHON) -m venv .venv
 	$(PYTHON) -c "import importlib.util as u, sysconfig as s; print(s.get_paths()['purelib'] if u.find_spec('torch') else '')" \
 	  > $$($(VENV)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/llamakern-host.pth
-	$(VENV)/python -m pip install -q -r requirements-dev.txt
+	$(VENV)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 build: $(READY)
-	$(VENV)/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(VENV)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 
 demo: env
 	$(VENV)/python -m llamakern demo
 
+# Passive waiting: on a busy machine a thread that spins at a barrier keeps the one it waits for from running.
 test: env
-	$(VENV)/pytest
+	OMP_WAIT_POLICY=passive $(VENV)/pytest
 
 lint: $(READY)
 	$(VENV)/ruff check .
@@ -37,9 +38,12 @@ format: $(READY)
 	$(VENV)/ruff format -q .
 	$(VENV)/clang-format -i $$(git ls-files 'csrc/*' 'bindings/*' | grep -E '\.(h|cpp)$$')
 
-# One table per room; results go to benchmarks/results/.
+# One table per room: make bench RESULTS=benchmarks/results/mine keeps them as JSON and as one page.
+RESULTS ?= build/results
 bench: env
-	for room in $(ROOMS); do $(VENV)/python benchmarks/bench_$$room.py || exit 1; done
+	mkdir -p $(RESULTS)
+	for room in $(ROOMS); do $(VENV)/python benchmarks/bench_$$room.py --json $(RESULTS)/$$room.json || exit 1; done
+	$(VENV)/python benchmarks/report.py $(RESULTS) > $(RESULTS)/README.md
 
 # The room tests on a build with the address and undefined-behaviour sanitizers. SANITIZE_TESTS=tests/test_rope.py for a part.
 SANITIZE_TESTS ?= $(ROOMS:%=tests/test_%.py)

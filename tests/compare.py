@@ -9,7 +9,7 @@ import torch
 
 
 def assert_as_good_as(name, ours, eager, truth, floor=1e-6):
-    """ours and eager: results at one precision; truth: the same in float64. `floor`: relative to the largest truth."""
+    """ours and eager are results at one precision, truth is float64's. `floor` is relative to the largest truth."""
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(truth.shape)}"
     assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, want {eager.dtype}"
     assert torch.isfinite(ours).all(), f"{name}: has inf or nan"

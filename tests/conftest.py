@@ -1,10 +1,12 @@
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from llamakern import _C
+from llamakern import _C, Llama, LlamaConfig
+from llamakern.demo import train_tokenizer
 
 
 @pytest.fixture(params=_C.supported_isas())
@@ -33,3 +35,18 @@ def data_dir():
     if not place.is_dir():
         pytest.skip(f"no test data at {place}; set LLAMAKERN_TEST_DATA")
     return place
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with `base`, a random model and its sentencepiece tokenizer, and `tasks.jsonl`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
+    texts = [f"{a} {b} and {b} {a}" for a in words for b in words]
+    train_tokenizer(texts, 300, folder / "base" / "tokenizer.model")
+    torch.manual_seed(0)
+    config = LlamaConfig(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=64, vocab_size=300, max_seq_len=64)
+    Llama(config).save_pretrained(folder / "base")
+    tasks = [{"instruction": f"say {a}", "output": f"{a} {a}"} for a in words]
+    (folder / "tasks.jsonl").write_text("\n".join(json.dumps(t) for t in tasks))
+    return folder

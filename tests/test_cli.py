@@ -3,37 +3,18 @@
 import json
 
 import pytest
-import torch
 
 from llamakern import settings
 from llamakern.cli import main
-from llamakern.config import LlamaConfig
-from llamakern.demo import train_tokenizer
 from llamakern.finetune import FinetuneConfig
-from llamakern.model import Llama
 
 VERBS = ("demo", "finetune", "generate", "quantize", "merge", "info")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Folder of a random model with a sentencepiece tokenizer, and a file of tasks."""
-    folder = tmp_path_factory.mktemp("tiny")
-    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
-    texts = [f"{a} {b} and {b} {a}" for a in words for b in words]
-    train_tokenizer(texts, 300, folder / "base" / "tokenizer.model")
-    torch.manual_seed(0)
-    config = LlamaConfig(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=64, vocab_size=300, max_seq_len=64)
-    Llama(config).save_pretrained(folder / "base")
-    tasks = [{"q": f"say {a}", "a": f"{a} {a}"} for a in words]
-    (folder / "tasks.jsonl").write_text("\n".join(json.dumps(t) for t in tasks))
-    return folder
 
 
 def words(tiny, out, *more):
     return [
         "finetune", "--base", str(tiny / "base"), "--data", str(tiny / "tasks.jsonl"), f"out={out}", "max_len=64",
-        "--fields", "instruction=q,output=a", "template=plain", "steps=6", "lr=1e-2", "batch_size=4", "rank=4",
+        "template=plain", "steps=6", "lr=1e-2", "batch_size=4", "rank=4",
         "eval_fraction=0.25", *more,
     ]  # fmt: skip
 

@@ -16,12 +16,14 @@ def test_ops_example_runs():
     assert namespace["lora_b"].grad.abs().max() > 0
 
 
-def test_fine_tuning_example_runs(tmp_path, monkeypatch, tiny_llama_folder):
+def test_fine_tuning_example_runs(tmp_path, monkeypatch, tiny):
     """On a tiny model in place of the path that the example names."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path/to").mkdir(parents=True)
-    (tmp_path / "path/to/llama").symlink_to(tiny_llama_folder)
+    (tmp_path / "path/to/llama").symlink_to(tiny / "base")
+    (tmp_path / "tasks.jsonl").symlink_to(tiny / "tasks.jsonl")
     exec(compile(BLOCKS[1], "README.md fine-tuning", "exec"), {})
+    assert (tmp_path / "runs/mine/adapter/adapter_model.safetensors").exists()
 
 
 def test_tree_names_every_file():
@@ -31,6 +33,15 @@ def test_tree_names_every_file():
         for path in (ROOT / folder).rglob("*.*"):
             if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"} and path.name != "__init__.py":
                 assert path.name in tree, f"README's tree lacks {path.relative_to(ROOT)}"
+
+
+def test_results_are_those_of_the_files(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from report import report
+
+    folder = ROOT / "benchmarks/results/epyc-zen5-2cores"
+    assert report(folder, highlights=True) in README
+    assert report(folder) == (folder / "README.md").read_text().strip()
 
 
 @pytest.mark.parametrize("name", re.findall(r"^\| `(\w+)`", README, re.MULTILINE))

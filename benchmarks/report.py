@@ -1,0 +1,64 @@
+"""Result files to Markdown: `python benchmarks/report.py benchmarks/results/MACHINE [--highlights]`.
+
+The README's table is the output with --highlights; a test holds the two together.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+HIGHLIGHTS = [
+    ("attention", "llama3-8b T=2048 bfloat16 forward"),
+    ("attention", "llama3-8b T=2048 bfloat16 backward"),
+    ("attention", "llama3-8b T=2048 float32 forward"),
+    ("attention", "llama3-8b T=2048 float32 backward"),
+    ("attention", "llama3-8b S=8192 bfloat16 decode"),
+    ("nf4", "mlp 11008x4096 M=1 bfloat16"),
+    ("nf4", "mlp 11008x4096 M=64 bfloat16"),
+    ("nf4", "mlp 11008x4096 M=512 bfloat16"),
+    ("nf4", "mlp 11008x4096 M=512 dx bfloat16"),
+    ("lora", "dense M=512 bfloat16"),
+    ("lora", "dense M=512 bfloat16 training"),
+    ("lora", "nf4 M=512 bfloat16 training"),
+    ("loss", "C=4096 V=32000 M=1024 bfloat16 loss, dh"),
+    ("loss", "C=4096 V=32000 M=1024 bfloat16 loss, dh, dw"),
+    ("norm", "llama-7b M=512 bfloat16 +residual"),
+    ("swiglu", "llama-7b M=512 bfloat16"),
+    ("rope", "llama3-8b T=2048 bfloat16"),
+]
+
+
+def line(room: str, row: dict) -> str:
+    (_, ours), *rivals = row["ms"].items()
+    against = ", ".join(f"{name} {ms:.3g} ms ({ms / ours:.2f}x)" for name, ms in rivals)
+    rate = f"{row['flops'] / ours / 1e6:.0f} GFLOP/s" if row["flops"] else f"{row['bytes'] / ours / 1e6:.1f} GB/s"
+    return f"| {room} | {row['shape']} | {ours:.3g} ms | {against} | {rate} |"
+
+
+def report(folder: Path, highlights: bool = False) -> str:
+    """The table of a folder of result files, or the chosen rows of it."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    m = next(iter(results.values()))["machine"]
+    lines = [
+        f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, {m['date']}.",
+        "",
+        "| room | shape | ours | the others, and how many times as long they take | ours reaches |",
+        "|---|---|---|---|---|",
+    ]
+    for room, result in results.items():
+        for row in result["rows"]:
+            if not highlights or (room, row["shape"]) in HIGHLIGHTS:
+                lines.append(line(room, row))
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--highlights", action="store_true")
+    arguments = parser.parse_args()
+    print(report(arguments.folder, arguments.highlights))
+
+
+if __name__ == "__main__":
+    main()
