@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llamakern import settings
+from llamakern import Llama, LlamaConfig, settings
 from llamakern.cli import main
 from llamakern.finetune import FinetuneConfig
 
