@@ -4,8 +4,6 @@ Reads Hugging Face folders (safetensors, sharded or not; dense or bitsandbytes N
 writes Hugging Face folders. Nothing in a file is executed: safetensors, JSON and plain numbers only.
 """
 
-import json
-import os
 import re
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from llamakern import checkpoint_nf4
 from llamakern.checkpoint_hf import INDEX, HuggingFaceFolder, cached_snapshot
 from llamakern.checkpoint_llama2c import Llama2cFile
+from llamakern.files import atomic_file, write_json
 from llamakern.model import Llama
 from llamakern.nn import NF4Linear
 from llamakern.rotary import interleaved_to_half
@@ -122,7 +121,7 @@ def place(model: Llama, name: str, tensor: Tensor | NF4Linear, packs: bool, dtyp
 def save_pretrained(model: Llama, path, *, max_shard_bytes: int = 5_000_000_000) -> None:
     """Writes config.json and safetensors as transformers reads them; NF4 linears in bitsandbytes' form.
 
-    Each file is written under another name and then renamed, so that none is ever half-written. ValueError where the
+    Each file takes its place in one rename, so that none is ever half-written. ValueError where the
     model holds modules that such a folder cannot (adapters: merge them or save them by themselves).
     """
     tensors, config = collect(model)
@@ -134,13 +133,14 @@ def save_pretrained(model: Llama, path, *, max_shard_bytes: int = 5_000_000_000)
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
         shard = {name: tensors[name].contiguous() for name in names}
-        write(folder / file, lambda target, shard=shard: save_file(shard, target, metadata={"format": "pt"}))
+        with atomic_file(folder / file) as temporary:
+            save_file(shard, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(t.nbytes for t in tensors.values())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write(folder / INDEX, lambda target: target.write_text(json.dumps(index, indent=2) + "\n"))
-    write(folder / "config.json", lambda target: target.write_text(json.dumps(config, indent=2) + "\n"))
+        write_json(folder / INDEX, index)
+    write_json(folder / "config.json", config)
     for old in list(folder.iterdir()):
         stale = OWN_FILE.fullmatch(old.name) and old.name not in files
         if stale or (old.name == INDEX and len(shards) == 1):
@@ -194,18 +194,6 @@ def split(tensors: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         size += tensor.nbytes
     return shards
-
-
-def write(path: Path, put) -> None:
-    """Lets `put` write beside `path`, then renames."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        put(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def hf_name(name: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llamakern.gate import GateError
 
-MISTAKES = (ValueError, TypeError, FileNotFoundError, NotImplementedError, FloatingPointError, GateError)
+MISTAKES = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, GateError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"llamakern {arguments.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        hint = "; the same command goes on from the last checkpoint" if arguments.verb == "finetune" else ""
+        print(f"\nstopped{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -86,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("adapter", help="folder of the adapter")
     p.add_argument("out", help="folder to write")
     p.add_argument("--quantize", choices=["nf4"], help="the base is quantised while loading, as it was for qlora")
-    p.add_argument("--to", choices=["float32", "bfloat16", "nf4"], help="form of the result; by default as the base")
+    p.add_argument("--to", choices=["float32", "bfloat16", "nf4"], help="form of the result; by default dense")
     p.add_argument("--text", default=SAMPLE, help="sample on which the change of the logits is measured")
 
     verb("info", info, "Versions and machine: paste it into a bug report.", "llamakern info")
@@ -111,6 +112,8 @@ def finetune(arguments) -> None:
     from llamakern.finetune import finetune as run
 
     if arguments.reproduce:
+        if arguments.settings or arguments.rest:
+            raise ValueError(f"finetune: reproduce must stand alone, got {[*arguments.settings, *arguments.rest][0]}")
         print(f"the adapter is the same: {reproduce(arguments.reproduce)['hashes']['adapter']}")
         return
     for flag in arguments.rest:
@@ -153,14 +156,17 @@ def generate(arguments) -> None:
     from llamakern.peft.files import read_prompt
     from llamakern.tokenizer import load_tokenizer
 
+    prompt = read_prompt(arguments.adapter) if arguments.adapter else None
+    if arguments.input and not prompt:
+        raise ValueError("generate: input must go with an adapter that has a prompt template, got none")
     tokenizer = load_tokenizer(source_path(arguments.tokenizer or arguments.base))
     model, text, end = load_base(arguments), arguments.prompt, tokenizer.eos_id
     if arguments.adapter:
         peft.load(model, arguments.adapter)
-        if prompt := read_prompt(arguments.adapter):
-            text = PromptTemplate(**prompt["template"]).prompt(arguments.prompt, arguments.input)
-            end = prompt["end_token"]
-    printer = Stream(tokenizer)
+    if prompt:
+        text = PromptTemplate(**prompt["template"]).prompt(arguments.prompt, arguments.input)
+        end = prompt["end_token"]
+    printer = Stream(tokenizer, end)
     llamakern.generation.generate(
         model,
         torch_row(tokenizer.encode(text)),
@@ -180,11 +186,11 @@ def generate(arguments) -> None:
 class Stream:
     """Prints text as it grows. A character that is still incomplete waits for its next token."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
+    def __init__(self, tokenizer, end: int | None):
+        self.tokenizer, self.end, self.ids, self.shown = tokenizer, end, [], ""
 
     def __call__(self, ids: list[int | None]) -> None:
-        if ids[0] is None or ids[0] == self.tokenizer.eos_id:
+        if ids[0] is None or ids[0] == self.end:
             return
         self.ids.append(ids[0])
         text = self.tokenizer.decode(self.ids)
@@ -197,6 +203,7 @@ def quantize(arguments) -> None:
     from llamakern.files import folder_size
     from llamakern.model import Llama
 
+    check_out(arguments)
     model = Llama.from_pretrained(arguments.base, quantize="nf4", quantize_head=arguments.head)
     model.save_pretrained(arguments.out)
     copy_tokenizer(arguments.base, arguments.out)
@@ -210,6 +217,7 @@ def merge(arguments) -> None:
     from llamakern.finetune import source_path
     from llamakern.tokenizer import load_tokenizer
 
+    check_out(arguments)
     arguments.dtype = None
     model = peft.load(load_base(arguments), arguments.adapter).eval()
     tokens = torch_row(load_tokenizer(source_path(arguments.base)).encode(arguments.text))
@@ -247,14 +255,21 @@ def torch_row(ids: list[int]):
     return torch.tensor([ids])
 
 
+def check_out(arguments) -> None:
+    """What is read must not be overwritten."""
+    if Path(arguments.out).resolve() == Path(arguments.base).resolve():
+        raise ValueError(f"{arguments.verb}: out must be another folder than base, got {arguments.out}")
+
+
 def copy_tokenizer(base: str, out: str) -> None:
     """A folder that is written from another keeps its tokenizer."""
     import shutil
 
     from llamakern.finetune import source_path
+    from llamakern.tokenizer import PATTERNS
 
     folder = source_path(base)
-    for pattern in ("tokenizer*", "special_tokens_map.json", "generation_config.json"):
+    for pattern in (*PATTERNS, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         for file in folder.glob(pattern) if folder.is_dir() else ():
             shutil.copyfile(file, Path(out) / file.name)
 

@@ -118,7 +118,10 @@ def read_records(source: str | Path | Sequence[Mapping]) -> list[tuple[str, Mapp
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"data: path must be a .json or .jsonl file, got {path}")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path} must be UTF-8, got {error}") from None
     if text.lstrip().startswith("["):
         pairs = [(f"record {i} of {path.name}", record) for i, record in enumerate(parse(text, path.name))]
     else:
@@ -143,6 +146,8 @@ def segments(record: Mapping, template: PromptTemplate, where: str, fields: Mapp
     if "messages" in get:
         return [dialogue(get["messages"], template, where)]
     if "instruction" in get and isinstance(get.get("instances"), list):
+        if not get["instances"] or not all(isinstance(one, dict) for one in get["instances"]):
+            raise ValueError(f"data: {where}: instances must be a list of JSON objects, got {get['instances']!r:.80}")
         inner = [{name: one.get(fields.get(name, name)) for name in ("input", "output")} for one in get["instances"]]
         return [answer({"instruction": get["instruction"]} | one, template, where) for one in inner]
     if "instruction" in get and "output" in get:

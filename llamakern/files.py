@@ -1,4 +1,7 @@
-"""Writing to disk so that a kill at any moment leaves either the old content or the new one, never a part."""
+"""Writing to disk so that a kill at any moment leaves either the old content or the new one, never a part.
+
+For a folder there is one moment, between two renames, at which both stand beside its place under other names.
+"""
 
 import hashlib
 import json

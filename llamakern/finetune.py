@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from llamakern.model import Llama
 from llamakern.peft.lora import ALL_LINEARS
 from llamakern.runs import environment
 from llamakern.tokenizer import Tokenizer, load_tokenizer
-from llamakern.train import TrainConfig, Trainer
+from llamakern.train import FREE_TO_CHANGE, TrainConfig, Trainer
 
 TEMPLATES = {"alpaca": PromptTemplate(), "plain": PLAIN}
 
@@ -60,15 +61,20 @@ class FinetuneConfig(TrainConfig):
 
 
 def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
-    """Train an adapter into config.out/adapter; continue the run that stands there. Returns the figures of run.json."""
+    """Train an adapter into config.out/adapter; continue the run that stands there. Returns the figures of run.json.
+
+    ValueError if the folder holds a run with other settings, base or data; it stays as it is.
+    """
     out = Path(config.out)
     tokenizer = load_tokenizer(source_path(config.tokenizer or config.base))
-    trainer = prepare(config, tokenizer, read(config, tokenizer), out=out, quiet=quiet)
+    records = read(config, tokenizer)
     run = {
         "settings": dataclasses.asdict(config),
         "environment": environment(),
         "hashes": {"base": sha256(source_path(config.base)), "data": sha256(config.data)},
     }
+    check_same_run(out, run)
+    trainer = prepare(config, tokenizer, records, out=out, quiet=quiet)
     write_json(out / "run.json", run)
     run["result"] = trainer.train()
     prompt = {"template": TEMPLATES[config.template].to_dict(), "end_token": tokenizer.eos_id}
@@ -78,8 +84,26 @@ def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
     return run
 
 
+def check_same_run(out: Path, run: dict) -> None:
+    """ValueError if `out` has checkpoints of a run that this one cannot continue."""
+    if not (out / "run.json").is_file() or not any((out / "checkpoints").glob("*.pt")):
+        return
+    old, new = json.loads((out / "run.json").read_text(encoding="utf-8")), json.loads(json.dumps(run))
+    where = {"base", "data", "tokenizer", "out"}  # their contents count, not their names
+    pairs = [(k, v, old["settings"].get(k)) for k, v in new["settings"].items() if k not in {*FREE_TO_CHANGE, *where}]
+    pairs += [(k, "another", "the same") for k, v in new["hashes"].items() if old["hashes"].get(k) != v]
+    if changed := [f"{name} {value} in place of {before}" for name, value, before in pairs if value != before]:
+        raise ValueError(
+            f"finetune: settings must equal those of the run in {out}, got {', '.join(changed)}; "
+            "take another folder to start anew"
+        )
+
+
 def reproduce(file: str | Path) -> dict:
-    """Run the settings of a run.json again, in a folder beside its own. ValueError unless all hashes are the same."""
+    """Run the settings of a run.json again, from the start, in a folder beside its own.
+
+    ValueError unless all hashes are the same.
+    """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"finetune: reproduce must name a run.json, got {file}")
@@ -87,7 +111,9 @@ def reproduce(file: str | Path) -> dict:
     if "adapter" not in run.get("hashes", {}):
         raise ValueError(f"finetune: {file} must be of a run that ended, got one without an adapter")
     config = FinetuneConfig(**run["settings"])
-    config.out = str(file.parent.with_name(file.parent.name + "-reproduced"))
+    folder = file.resolve().parent
+    config.out = str(folder.with_name(folder.name + "-reproduced"))
+    shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)  # an earlier reproduction proves nothing
     again = finetune(config)
     changed = [name for name, value in run["hashes"].items() if again["hashes"][name] != value]
     if changed:
@@ -102,6 +128,9 @@ def prepare(config: FinetuneConfig, tokenizer: Tokenizer, records: list, *, out:
     check_examples(train + held_out)
     quantize = "nf4" if config.method == "qlora" else None
     model = Llama.from_pretrained(config.base, quantize=quantize, dtype=config.dtype and getattr(torch, config.dtype))
+    largest, vocab_size = max((max(e.tokens) for e in train + held_out), default=0), model.config.vocab_size
+    if largest >= vocab_size:
+        raise ValueError(f"finetune: tokenizer must give ids below the model's {vocab_size}, got {largest}")
     torch.manual_seed(config.seed)
     peft.apply(model, config.peft_config())
     knobs = {"pad_id": tokenizer.pad_id, "label": config.method, "quiet": quiet}

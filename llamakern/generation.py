@@ -38,9 +38,10 @@ def generate(
     A row ends with eos_id, or when its new text contains a `stop` string (which needs the tokenizer). on_token(ids)
     sees each step's B new ids as a list, with None for a row that has ended.
 
-    ValueError for sizes and knobs out of range.
+    ValueError for sizes, ids and knobs out of range; TypeError for tokens that are not integers.
     """
     B, T = _check(tokens, lengths, max_new_tokens, stop, tokenizer)
+    _check_ids(tokens, lengths, model.config.vocab_size)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     device = tokens.device
     lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device, torch.int64)
@@ -166,3 +167,14 @@ def _check(tokens, lengths, max_new_tokens, stop, tokenizer) -> tuple[int, int]:
     if stop is not None and tokenizer is None:
         raise ValueError("generate: tokenizer must be given with stop, got None")
     return B, T
+
+
+def _check_ids(tokens: Tensor, lengths: Tensor | None, vocab_size: int) -> None:
+    """The padding may hold anything."""
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise TypeError(f"generate: tokens must be integers, got {str(tokens.dtype).removeprefix('torch.')}")
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if lengths is not None:
+        outside &= torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None].to(tokens.device)
+    if outside.any():
+        raise ValueError(f"generate: tokens must be ids from 0 to {vocab_size - 1}, got {tokens[outside][0].item()}")

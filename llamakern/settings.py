@@ -72,7 +72,7 @@ def to_int(value: object) -> int:
 
 
 def to_str(value: object) -> str:
-    if isinstance(value, dict | list):
+    if value is None or isinstance(value, dict | list):
         raise ValueError
     return str(value)
 

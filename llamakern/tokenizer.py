@@ -35,6 +35,9 @@ class Tokenizer:
         self.pad_id = next(i for i in (pad_id, eos_id, 0) if i is not None)
 
 
+PATTERNS = ("tokenizer.json", "tokenizer.model", "tok*.bin", "*.model")  # the first that is there is taken
+
+
 def load_tokenizer(path) -> Tokenizer:
     """Reads a tokenizer file, or the one of a folder: tokenizer.json, else tokenizer.model, else tok*.bin.
 
@@ -42,10 +45,9 @@ def load_tokenizer(path) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        patterns = ("tokenizer.json", "tokenizer.model", "tok*.bin", "*.model")
-        found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
+        found = [file for pattern in PATTERNS for file in sorted(path.glob(pattern))]
         if not found:
-            raise FileNotFoundError(f"tokenizer: {path} must hold one of {', '.join(patterns)}, got none")
+            raise FileNotFoundError(f"tokenizer: {path} must hold one of {', '.join(PATTERNS)}, got none")
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer: path must be a file or folder, got {str(path)!r}")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from llamakern.data import Batch, Example, check_examples, epoch_batches, pack, pad
-from llamakern.gate import Gate
+from llamakern.gate import STEPS, Gate
 from llamakern.peft.base import trainable
 from llamakern.progress import Progress
 from llamakern.runs import RunFolder, peak_memory_mb, plot_curves, rng_state, set_rng_state
@@ -51,8 +51,11 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "eval_every", "lr", "min_lr", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train: {name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train: {name} must be finite and at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train: {name} must be in [0, 1), got {getattr(self, name)}")
         if self.max_len < 2:
             raise ValueError(f"train: max_len must be at least 2, got {self.max_len}")
 
@@ -117,7 +120,7 @@ class Trainer:
             progress["loss_before"] = self.evaluate()
             self.log(step=0, eval_loss=progress["loss_before"])
             self.save(progress, rng_state())
-        gate = Gate(self.trainable)
+        gate = Gate(self.trainable) if progress["step"] < STEPS else None  # it has judged before
         bar = Progress(self.total, self.label, start=progress["step"], quiet=self.quiet)
         self.model.train()
         for step, batches in enumerate(self.plan(progress["step"]), progress["step"] + 1):
@@ -132,7 +135,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            if lr > 0:
+            if lr > 0 and gate:
                 gate.observe()
             self.optimizer.zero_grad(set_to_none=True)
             tokens, seconds = sum(batch.n_tokens for batch in batches), time.perf_counter() - started
@@ -144,7 +147,8 @@ class Trainer:
                 self.log(step=step, eval_loss=self.evaluate())
             if step % config.save_every == 0 or step == self.total:
                 self.save(progress, rng_state())
-        gate.close()
+        if gate:
+            gate.close()
         bar.close()
         return self.finish(progress)
 

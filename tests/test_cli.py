@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llamakern import settings
+from llamakern import Llama, LlamaConfig, settings
 from llamakern.cli import main
 from llamakern.finetune import FinetuneConfig
 
@@ -62,7 +62,11 @@ def test_reproduce(tiny, tmp_path, capsys):
     run["hashes"]["adapter"] = "other"
     file.write_text(json.dumps(run))
     assert main(["finetune", "--reproduce", str(file)]) == 1
-    assert "hashes must equal those of" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "step 6/6" in shown  # it trained again
+    assert "hashes must equal those of" in shown
+    assert main(["finetune", "--reproduce", str(file), "lr=1"]) == 1
+    assert "finetune: reproduce must stand alone, got lr=1" in capsys.readouterr().err
 
 
 def test_same_command_again_goes_on_and_other_settings_are_refused(tiny, tmp_path, capsys):
@@ -140,7 +144,80 @@ def test_settings_file_then_words_then_flags(tmp_path, capsys):
     assert "rank: 2\n" in shown
     assert "alpha: 3.0\n" in shown
     assert "lr: 0.0001\n" in shown
-    for content, message in (("- 1\n", "must hold key: value lines, got list"), ("a: [", "must be YAML")):
+    for content, message in (
+        ("- 1\n", "must hold key: value lines, got list"),
+        ("a: [", "must be YAML"),
+        ("out:\n", "settings: out must be str, got None"),
+    ):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):
             settings.build(FinetuneConfig, file, [])
+
+
+def test_fields_rename_what_a_file_calls_otherwise(tiny, tmp_path, capsys):
+    file = tmp_path / "renamed.jsonl"
+    file.write_text("\n".join(json.dumps({"q": f"say {a}", "a": a}) for a in ("red", "cat", "dog")))
+    flags = ["--data", str(file), "--fields", "instruction=q,output=a", "eval_fraction=0"]
+    assert main(words(tiny, tmp_path / "run", *flags, "--dry-run")) == 0
+    assert "<begin>say red\n[[red<end>]]" in capsys.readouterr().out
+
+
+def test_a_run_with_another_method_or_base_is_refused_and_stays_as_it_is(tiny, tmp_path, capsys):
+    assert main(words(tiny, tmp_path)) == 0
+    assert main(["quantize", str(tiny / "base"), str(tmp_path / "other")]) == 0
+    before = (tmp_path / "run.json").read_bytes()
+    changes = {
+        "method=qlora": "method qlora in place of lora",
+        "alpha=64": "alpha 64.0 in place of 32.0",
+        "dropout=0.5": "dropout 0.5 in place of 0.05",
+        f"--base={tmp_path / 'other'}": "base another in place of the same",
+    }
+    for change, message in changes.items():
+        assert main(words(tiny, tmp_path, change)) == 1
+        assert f"settings must equal those of the run in {tmp_path}, got {message};" in capsys.readouterr().err
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tiny, tmp_path, capsys):
+    config = LlamaConfig(dim=64, n_layers=1, n_heads=2, hidden_dim=64, vocab_size=20)
+    Llama(config).save_pretrained(tmp_path / "small")
+    flags = ["--base", str(tmp_path / "small"), "--tokenizer", str(tiny / "base")]
+    assert main(words(tiny, tmp_path / "run", *flags)) == 1
+    assert "finetune: tokenizer must give ids below the model's 20, got" in capsys.readouterr().err
+    generate = ["generate", str(tmp_path / "small"), "--tokenizer", str(tiny / "base"), "--prompt", "say cat"]
+    assert main(generate) == 1
+    assert "generate: tokens must be ids from 0 to 19, got" in capsys.readouterr().err
+
+
+def test_an_input_without_a_template_is_refused(tiny, capsys):
+    assert main(["generate", str(tiny / "base"), "--prompt", "a", "--input", "b"]) == 1
+    assert "generate: input must go with an adapter that has a prompt template" in capsys.readouterr().err
+
+
+def test_a_folder_is_not_written_over_itself(tiny, tmp_path, capsys):
+    base = str(tiny / "base")
+    for argv in (["quantize", base, base], ["merge", base, str(tmp_path), base]):
+        assert main(argv) == 1
+        assert f"{argv[0]}: out must be another folder than base" in capsys.readouterr().err
+
+
+def test_a_quantised_llama2c_folder_keeps_its_tokenizer(data_dir, tmp_path, capsys):
+    assert main(["quantize", str(data_dir / "stories260K"), str(tmp_path / "q")]) == 0
+    assert main(["generate", str(tmp_path / "q"), "--prompt", "Once", "--max-new-tokens", "3"]) == 0
+
+
+def test_what_the_system_refuses_is_one_line(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["quantize", str(tiny / "base"), str(tmp_path / "file" / "q")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("argv", "resumes"), [(["finetune", "base=a", "data=b"], True), (["info"], False)])
+def test_an_interrupt_promises_only_what_holds(argv, resumes, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamakern.finetune.finetune", interrupt)
+    monkeypatch.setattr("llamakern.runs.environment", interrupt)
+    assert main(argv) == 130
+    assert ("goes on from the last checkpoint" in capsys.readouterr().err) == resumes

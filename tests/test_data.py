@@ -125,10 +125,13 @@ def test_fields_rename():
         ('{"messages": [{"role": "robot"}]}', r"messages\[0\] must have role system, user or assistant, got 'robot'"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "messages must hold an assistant's turn, got none"),
         ("\n", "data: source must hold at least one record, got none"),
+        ('{"instruction": "a", "instances": ["b"]}', r"instances must be a list of JSON objects, got \['b'\]"),
+        ('{"text": "a"}\n{"instruction": "a", "instances": []}', "data: line 2 of x.jsonl: instances must be a list"),
+        ('{"text": "\xe9"}', r"data: .*x\.jsonl must be UTF-8, got"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
-    (tmp_path / "x.jsonl").write_text(content)
+    (tmp_path / "x.jsonl").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "x.jsonl")
 

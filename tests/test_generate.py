@@ -185,6 +185,8 @@ def test_quantised_model_generates(model):
         ({"lengths": torch.tensor([0, 2])}, r"lengths must be 2 numbers from 1 to 3, got \[0, 2\]"),
         ({"lengths": torch.tensor([4, 2])}, r"lengths must be 2 numbers from 1 to 3, got \[4, 2\]"),
         ({"lengths": torch.tensor([1])}, r"lengths must be 2 numbers from 1 to 3, got \[1\]"),
+        ({"tokens": torch.tensor([[1, 37]])}, "tokens must be ids from 0 to 36, got 37"),
+        ({"tokens": torch.tensor([[-1, 2]])}, "tokens must be ids from 0 to 36, got -1"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
         ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
         ({"temperature": float("nan")}, "temperature must be finite and at least 0, got nan"),
@@ -201,6 +203,14 @@ def test_bad_arguments(model, change, message):
     call = {"tokens": torch.zeros(2, 3, dtype=torch.int64), "max_new_tokens": 2} | change
     with pytest.raises(ValueError, match=f"generate: {message}"):
         generate(model, call.pop("tokens"), **call)
+
+
+def test_tokens_are_integers_and_padding_is_anything(model):
+    with pytest.raises(TypeError, match="generate: tokens must be integers, got float32"):
+        generate(model, torch.ones(1, 2), max_new_tokens=1)
+    padded, lengths = torch.tensor([[3, 4, -100], [5, 6, 7]]), torch.tensor([2, 3])
+    alone = generate(model, torch.tensor([[3, 4]]), max_new_tokens=3)
+    assert generate(model, padded, max_new_tokens=3, lengths=lengths)[0, :5].tolist() == alone[0].tolist()
 
 
 def test_stories260k_tells_its_story(data_dir):

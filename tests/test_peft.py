@@ -160,6 +160,7 @@ def saved(tmp_path):
         {"modules_to_save": ["lm_head"]},
         {"init_lora_weights": "pissa"},
         {"something_new": 1},
+        {"layers_to_transform": 0},
     ],
 )
 def test_a_peft_setting_that_is_not_supported_is_an_error(saved, setting):
@@ -188,6 +189,36 @@ def test_tensors_that_do_not_fit_are_named_and_leave_the_model_alone(saved):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"without adapter_model\.safetensors"):
         peft.load(model, saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"adapter_config\.json must be JSON, got"),
+        ("[]", r"adapter_config\.json must hold a JSON object, got list"),
+        (
+            '{"peft_type": "LORA", "target_modules": ["q_proj"], "lora_alpha": 1}',
+            "peft: r must be a number .*, got None",
+        ),
+        (
+            '{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4}',
+            "peft: lora_alpha must be a number .*, got None",
+        ),
+    ],
+)
+def test_a_damaged_adapter_config_says_so(saved, text, message):
+    (saved / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        peft.load(tiny(), saved)
+
+
+def test_saving_never_sweeps_away_what_is_not_an_adapter(saved):
+    model = peft.load(tiny(), saved)
+    peft.save(model, saved)
+    (saved / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"peft: path must be a new folder or one with an adapter only, .* notes\.txt"):
+        peft.save(model, saved)
+    assert (saved / "notes.txt").read_text() == "mine"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

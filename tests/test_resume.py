@@ -83,6 +83,20 @@ def test_a_broken_run_ends_like_an_unbroken_one(tmp_path):
     assert without_clock(whole.folder.history()) == without_clock(once_more.folder.history())
 
 
+def test_the_gate_judges_the_start_of_a_run_only(tmp_path):
+    """At the end of the cosine a step may be smaller than a parameter's last bit."""
+
+    def slow(out):
+        trainer = make(out, steps=12, save_every=10)
+        trainer.config.lr_at = lambda step, total: 1e-2 if step <= 10 else 1e-30
+        return trainer
+
+    slow(tmp_path).train()
+    trainer = slow(tmp_path)
+    trainer.folder.checkpoints()[-1].unlink()  # back to step 10
+    assert trainer.train()["steps"] == 12
+
+
 def test_a_run_with_other_settings_is_refused(tmp_path):
     make(tmp_path, steps=2).train()
     with pytest.raises(
@@ -109,17 +123,20 @@ def test_a_damaged_checkpoint_says_so(tmp_path):
 ATTEMPTS = """
 import os, random, signal, sys, time
 sys.path.insert(0, {tests!r})
-from test_resume import make
+from test_resume import RunFolder, make
 random.seed(int(sys.argv[2]))
-kills = 0
+kills, STEPS = 0, 100
+def reached():
+    return max((int(p.stem[5:]) for p in RunFolder(sys.argv[1]).checkpoints()), default=0)
 while True:
     child = os.fork()
     if child == 0:
-        make(sys.argv[1], steps=60, save_every=1).train()
+        make(sys.argv[1], steps=STEPS, save_every=1).train()
         os._exit(0)
-    deadline = time.monotonic() + random.uniform(0.02, 0.25)
-    while kills < 20 and time.monotonic() < deadline:
-        time.sleep(0.002)
+    # Some are killed as they start; the others after a few steps, however fast the machine is.
+    deadline, target = time.monotonic() + random.uniform(0.02, 0.25), reached() + 3
+    while kills < 20 and time.monotonic() < deadline and reached() < target:
+        time.sleep(random.uniform(0.0, 0.002))
     if kills < 20:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -138,12 +155,12 @@ def test_twenty_kills_lose_nothing(tmp_path):
     script = ATTEMPTS.format(tests=str(Path(__file__).parent))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a forked child has no thread pool
     root = Path(__file__).parents[1]
-    for folder, code in (("killed", script), ("whole", script.replace("kills = 0", "kills = 20"))):
+    for folder, code in (("killed", script), ("whole", script.replace("kills, STEPS = 0", "kills, STEPS = 20"))):
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / folder), "7"], cwd=root, env=environment, capture_output=True,
             text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     killed, whole = (RunFolder(tmp_path / folder).load_checkpoint() for folder in ("killed", "whole"))
-    assert killed["progress"]["step"] == whole["progress"]["step"] == 60
+    assert killed["progress"]["step"] == whole["progress"]["step"] == 100
     assert same(killed["parameters"], whole["parameters"])

@@ -150,7 +150,10 @@ def test_gate_judges_the_first_five_steps_and_short_runs():
     ("change", "message"),
     [
         ({"batch_size": 0}, "train: batch_size must be at least 1, got 0"),
-        ({"lr": -1.0}, "train: lr must not be negative, got -1.0"),
+        ({"lr": -1.0}, "train: lr must be finite and at least 0, got -1.0"),
+        ({"lr": math.nan}, "train: lr must be finite and at least 0, got nan"),
+        ({"clip": math.inf}, "train: clip must be finite and at least 0, got inf"),
+        ({"beta2": 1.0}, r"train: beta2 must be in \[0, 1\), got 1.0"),
         ({"max_len": 1}, "train: max_len must be at least 2, got 1"),
     ],
 )

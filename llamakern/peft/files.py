@@ -19,6 +19,7 @@ from llamakern.peft.base import match
 from llamakern.peft.lora import LoRAConfig
 
 CONFIG, WEIGHTS, PROMPT = "adapter_config.json", "adapter_model.safetensors", "prompt.json"
+OWN = (CONFIG, WEIGHTS, PROMPT, "README.md")  # PEFT writes a README.md
 
 READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type"}
 # Settings without influence on what the adapter computes.
@@ -33,11 +34,14 @@ def save(model: nn.Module, path: str | Path, *, base: str = "", prompt: dict | N
     """Write the adapter in `model` to the folder `path`, replacing it in one rename.
 
     base: the name that PEFT shall find the base model by. prompt: kept in prompt.json, for `generate`.
-    ValueError if the model carries no adapter.
+    ValueError if the model carries no adapter, or if the folder holds anything that is not part of one.
     """
     tensors = lora_tensors(model)
     if not tensors:
         raise ValueError("peft: model must carry an adapter to save one, got a model without LoRA")
+    path = Path(path)
+    if others := sorted(file.name for file in path.iterdir() if file.name not in OWN) if path.is_dir() else []:
+        raise ValueError(f"peft: path must be a new folder or one with an adapter only, got {path} with {others[0]}")
     config: LoRAConfig = model.peft_config
     settings = {
         "peft_type": "LORA",
@@ -69,7 +73,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"peft: path must hold {CONFIG} and {WEIGHTS}, got {path} without {name}")
-    config = read_config(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+    config = read_config(read_object(path / CONFIG))
     if not hasattr(model, "model"):
         config.targets = tuple(target.removeprefix("model.") for target in config.targets)
     try:
@@ -107,7 +111,17 @@ def check_fit(got: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
 def read_prompt(path: str | Path) -> dict | None:
     """What `save` was given as `prompt`, or None for an adapter without it."""
     file = Path(path) / PROMPT
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_object(file) if file.is_file() else None
+
+
+def read_object(file: Path) -> dict:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"peft: {file} must be JSON, got {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"peft: {file} must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def read_config(settings: dict) -> LoRAConfig:
@@ -115,7 +129,8 @@ def read_config(settings: dict) -> LoRAConfig:
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"peft: peft_type must be LORA, got {settings.get('peft_type')!r}")
     for key, value in settings.items():
-        if key in READ | HARMLESS or value in (None, False, {}, []) or (key == "bias" and value == "none"):
+        unset = value is None or value is False or value in ({}, [])  # 0 is a layer, not "unset"
+        if key in READ | HARMLESS or unset or (key == "bias" and value == "none"):
             continue
         if key == "init_lora_weights" and value in PLAIN_INITS:
             continue
@@ -123,6 +138,9 @@ def read_config(settings: dict) -> LoRAConfig:
     targets = settings.get("target_modules")
     if not isinstance(targets, list):
         raise ValueError(f"peft: target_modules must be a list of names, got {targets!r}")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(settings.get(key), int | float):
+            raise ValueError(f"peft: {key} must be a number in adapter_config.json, got {settings.get(key)!r}")
     return LoRAConfig(
         rank=settings["r"],
         alpha=settings["lora_alpha"],
