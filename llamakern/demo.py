@@ -10,6 +10,7 @@ import shutil
 import textwrap
 import time
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -229,13 +230,19 @@ def write_samples(samples: dict, column: str, llama: Llama, tokenizer: Tokenizer
         texts[column] = tokenizer.decode(answer).strip()
 
 
+def side_by_side(texts: dict[str, str], width: int = 34) -> list[str]:
+    """Lines of a table with one column for each text, its name above."""
+    cells = []
+    for name, text in texts.items():
+        cells.append([name, "-" * len(name), *(textwrap.wrap(" ".join(text.split()), width) or ["(nothing)"])])
+    return ["  " + "  ".join(f"{part:<{width}}" for part in row).rstrip() for row in zip_longest(*cells, fillvalue="")]
+
+
 def report(summary: dict) -> str:
     base, lines = summary["base"], []
     for signature, texts in summary["samples"].items():
-        lines += ["", signature]
-        for column, text in texts.items():
-            body = textwrap.wrap(" ".join(text.split()), 96) or ["(nothing)"]
-            lines += [f"  {column if i == 0 else '':<8} {line}" for i, line in enumerate(body)]
+        models = {name: text for name, text in texts.items() if name != "true"}
+        lines += ["", f"{signature}    # {texts['true']}", *side_by_side(models)]
     lines += [
         "",
         f"base: {base['parameters']:,} parameters, {base['tokens']:,} tokens in {base['seconds']:.0f} s, "

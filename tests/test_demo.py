@@ -46,3 +46,8 @@ def test_first_sentence():
     assert first_sentence("Return the sum\nof two numbers. And more.\n\nLong.") == "Return the sum of two numbers."
     assert first_sentence("Short.") is None
     assert first_sentence("no capital in this sentence.") is None
+
+
+def test_samples_stand_side_by_side():
+    lines = demo.side_by_side({"before": "one two three four", "lora": ""}, width=9)
+    assert lines == ["  before     lora", "  ------     ----", "  one two    (nothing)", "  three", "  four"]
