@@ -203,7 +203,7 @@ def _backward(ctx, dy, _dh):
     saved = x, *_ = ctx.saved_tensors  # read once: activation checkpointing allows no more
     want_dx = ctx.needs_input_grad[1]
     dx, da, db = _lora_linear_backward(dy, *saved, *ctx.knobs, want_dx)
-    # torch's own matmul here too, as for the base of the forward.
+    # torch's own matmul here too, as for the base of the forward; its bits may depend on the number of threads.
     dw = tokens(dy).mT @ tokens(x) if ctx.needs_input_grad[2] else None
     return dy, dx if want_dx else None, dw, da, db, None, None, None
 
