@@ -48,7 +48,7 @@ def problems():
         yield f"Python 3.10 or later is needed, this is {sys.version.split()[0]}", "make env PYTHON=python3.12"
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     if not compiler_works():
-        yield "a C++20 compiler with OpenMP is needed (GCC 11, Clang 14 or later)", "sudo apt-get install g++"
+        yield "a C++20 compiler with OpenMP is needed", "sudo apt-get install g++"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         yield "Python.h is missing", f"sudo apt-get install {python}-dev"
     if not has_venv():

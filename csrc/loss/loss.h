@@ -1,4 +1,4 @@
-// Cross-entropy of a linear head, without the logits in memory.
+// Cross-entropy of a linear head, without holding all the logits.
 //
 //   z_m = h_m Wᵀ            loss_m = log Σ_v exp(z_mv) - z_m[label_m]            an ignored token has loss 0
 //

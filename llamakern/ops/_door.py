@@ -1,8 +1,8 @@
-"""The front door: how a C++ op becomes differentiable and still costs two microseconds where no gradient is wanted.
+"""The front door: how a C++ op becomes differentiable and stays cheap where no gradient is wanted.
 
 Each op has two names in C++ with one kernel. `torch.ops.llamakern.<op>` carries autograd, for torch.ops, export and
 opcheck users. `_<op>` carries none; the public function calls it directly, or through an autograd.Function where a
-gradient is wanted, because torch's own `register_autograd` costs three microseconds even where none is.
+gradient is wanted, because torch's own `register_autograd` costs microseconds even where none is.
 """
 
 from collections.abc import Callable

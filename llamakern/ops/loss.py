@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, without the logits in memory.
+"""Cross-entropy of a linear head, without holding all the logits.
 
     z = h Wᵀ            loss_m = logsumexp(z_m) - z_m[label_m]            ignored tokens give 0
 
@@ -22,7 +22,10 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:  # () or, with reduction "none", like labels; float32
-    """F.cross_entropy(h @ w_head.T, labels): the logits appear block by block and are never in memory.
+    """F.cross_entropy(h @ w_head.T, labels): the logits appear block by block, never all at once.
+
+    For a gradient with "mean" or "sum" the probabilities of one chunk of tokens are kept while it is worked on: at most
+    32 MiB, or the size of dW where a bfloat16 w_head trains.
 
     Labels are already shifted: labels[m] is the token that h[m] must predict, or ignore_index. The mean is over the
     labels that are not ignored; where all are, it is nan, as in torch. Ignored tokens cost no time, and their gradient
