@@ -18,7 +18,12 @@ from llamakern.tokenizer import load_tokenizer as load_tokenizer
 from llamakern.train import TrainConfig as TrainConfig
 from llamakern.train import Trainer as Trainer
 
-_LAZY = {"check_training": "llamakern.gate", "verify": "llamakern.comparison"}  # name: the module it lives in
+_LAZY = {  # name -> module: what is imported only where it is asked for; patch needs transformers
+    "check_training": "llamakern.gate",
+    "patch": "llamakern.integrations.transformers",
+    "unpatch": "llamakern.integrations.transformers",
+    "verify": "llamakern.comparison",
+}
 
 
 def __getattr__(name: str):
