@@ -158,6 +158,7 @@ def why_stranger(module: nn.Module) -> str:
 
 def bind(module: nn.Module, forward: Callable) -> None:
     forward.llamakern = forward
+    forward.__name__ = "forward"  # a pickle keeps a bound method by name, and so finds the class's own
     module.forward = MethodType(forward, module)
 
 
