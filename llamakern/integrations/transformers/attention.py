@@ -49,7 +49,7 @@ def attention_forward(
 
 def refuse(module: nn.Module, dropout: float, kwargs: dict) -> None:
     """Raises NotImplementedError for what would change the result, had it been ignored."""
-    asked = [name for name in UNSUPPORTED if kwargs.get(name) not in (None, False)]
+    asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None and kwargs[name] is not False]
     if dropout > 0:
         asked.append("attention_dropout")
     if getattr(getattr(module, "config", None), "output_attentions", False):

@@ -10,11 +10,12 @@ from types import MethodType
 from torch import nn
 from transformers import PreTrainedModel
 
-from llamakern.integrations.transformers import attention as attention_room
 from llamakern.integrations.transformers import llama
+from llamakern.integrations.transformers import lora as lora_room
+from llamakern.integrations.transformers import loss as loss_room
+from llamakern.integrations.transformers.attention import NAME
+from llamakern.integrations.transformers.loss import STATE
 from llamakern.integrations.transformers.report import Report
-
-STATE = "_llamakern_before"  # the attention that the model had
 
 
 def patch(
@@ -36,6 +37,7 @@ def patch(
     """
     unpatch(model)
     base, report = transformers_model(model), Report()
+    setattr(base, STATE, {"attention": base.config._attn_implementation, "loss": False})
     if attention:
         patch_attention(base, report)
     if rope:
@@ -44,6 +46,10 @@ def patch(
         bind_all(base, "norm", llama.hf.LlamaRMSNorm, llama.norm_forward, report)
     if mlp:
         bind_all(base, "mlp", llama.hf.LlamaMLP, llama.mlp_forward, report, why_not_silu)
+    if loss:
+        patch_loss(base, report)
+    if lora:
+        patch_lora(base, report)
     return report
 
 
@@ -51,11 +57,11 @@ def unpatch(model: nn.Module) -> None:
     """Gives the model back the forwards and the attention that it had before `patch`; without one it does nothing."""
     base = transformers_model(model)
     for module in model.modules():
-        if is_ours(vars(module).get("forward")):
+        if is_ours(module):
             del module.forward
     if STATE in vars(base):
-        if base.config._attn_implementation == attention_room.NAME:
-            base.set_attn_implementation(vars(base)[STATE])
+        if base.config._attn_implementation == NAME:
+            base.set_attn_implementation(vars(base)[STATE]["attention"])
         delattr(base, STATE)
 
 
@@ -75,14 +81,12 @@ def patch_attention(base: PreTrainedModel, report: Report) -> None:
     elif dropout > 0:
         report.kept["attention"] = f"attention_dropout is {dropout}, and ours has none"
     else:
-        setattr(base, STATE, base.config._attn_implementation)
-        base.set_attn_implementation(attention_room.NAME)
+        base.set_attn_implementation(NAME)
         report.replaced["attention"] = len(layers)
 
 
 def patch_rope(base: PreTrainedModel, report: Report) -> None:
     layers = [m for m in base.modules() if llama.is_attention(m)]
-    tables = [m for m in base.modules() if type(m).__name__.endswith("RotaryEmbedding")]
     strangers = [m for m in layers if not llama.same_rope(type(m)) or "forward" in vars(m)]
     if not layers:
         report.kept["rope"] = f"{type(base).__name__} has no attention of a known family"
@@ -91,9 +95,36 @@ def patch_rope(base: PreTrainedModel, report: Report) -> None:
     else:
         for module in layers:
             bind(module, llama.attention_with_rope(type(module)))
-        for module in tables:
-            bind(module, llama.rotary_forward)
+        for module in base.modules():
+            if llama.same_code(type(module), llama.hf.LlamaRotaryEmbedding) and "forward" not in vars(module):
+                bind(module, llama.rotary_forward)
         report.replaced["rope"] = len(layers)
+
+
+def patch_loss(base: PreTrainedModel, report: Report) -> None:
+    if not llama.same_code(type(base), llama.hf.LlamaForCausalLM):
+        report.kept["loss"] = f"{type(base).__name__} has no loss of LLaMA's"
+    elif reason := why_stranger(base) if "forward" in vars(base) else loss_room.why_not(base):
+        report.kept["loss"] = reason
+    else:
+        bind(base, loss_room.with_fused_loss(type(base)))
+        getattr(base, STATE)["loss"] = True
+        report.replaced["loss"] = 1
+
+
+def patch_lora(base: PreTrainedModel, report: Report) -> None:
+    count = 0
+    for name, module in base.named_modules():
+        if not lora_room.is_lora(module):
+            continue
+        reason = why_stranger(module) if "forward" in vars(module) else lora_room.why_not(module)
+        if "forward" not in vars(module):
+            bind(module, lora_room.forward)
+        if reason:
+            report.kept[f"lora: {name}"] = reason
+        count += not reason
+    if count:
+        report.replaced["lora"] = count
 
 
 def bind_all(base, part, model_class, forward, report, why_not=lambda module: None) -> None:
@@ -126,9 +157,15 @@ def why_stranger(module: nn.Module) -> str:
 
 
 def bind(module: nn.Module, forward: Callable) -> None:
-    forward.llamakern = True
+    forward.llamakern = forward
+    forward.__name__ = "forward"  # a pickle keeps a bound method by name, and so finds the class's own
     module.forward = MethodType(forward, module)
 
 
-def is_ours(forward: object) -> bool:
-    return isinstance(forward, MethodType) and getattr(forward.__func__, "llamakern", False)
+def is_ours(module: nn.Module) -> bool:
+    """Whether the module's own forward is from here, or what a pickle has made of it: the class's, bound."""
+    forward = vars(module).get("forward")
+    if not isinstance(forward, MethodType):
+        return False
+    function = forward.__func__  # a decorator copies attributes, so the mark names its owner
+    return function is type(module).forward or getattr(function, "llamakern", None) is function

@@ -22,8 +22,18 @@ class Report:
     def __str__(self) -> str:
         lines = [f"llamakern {self.versions['llamakern']} in transformers {self.versions['transformers']}"]
         lines += [f"  replaced  {part:<10} {count}" for part, count in self.replaced.items()]
-        lines += [f"  kept      {part:<10} {reason}" for part, reason in self.kept.items()]
+        for (part, reason), names in self.reasons().items():
+            where = f" ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})" if names[0] else ""
+            lines.append(f"  kept      {part:<10} {reason}{where}")
         return "\n".join(lines)
+
+    def reasons(self) -> dict[tuple[str, str], list[str]]:
+        """`kept` the other way round: (part, reason) -> the modules left alone for it."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for key, reason in self.kept.items():
+            part, _, name = key.partition(": ")
+            found.setdefault((part, reason), []).append(name)
+        return found
 
 
 def versions() -> dict[str, str]:
