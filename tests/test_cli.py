@@ -217,7 +217,7 @@ def test_an_interrupt_promises_only_what_holds(argv, resumes, monkeypatch, capsy
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llamakern.finetune.finetune", interrupt)
-    monkeypatch.setattr("llamakern.runs.environment", interrupt)
+    monkeypatch.setattr("llamakern.commands.job.finetune", interrupt)
+    monkeypatch.setattr("llamakern.commands.runs.environment", interrupt)
     assert main(argv) == 130
     assert ("goes on from the last checkpoint" in capsys.readouterr().err) == resumes
