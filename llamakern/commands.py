@@ -12,6 +12,7 @@ from llamakern.data import PromptTemplate
 from llamakern.files import folder_size
 from llamakern.model import Llama
 from llamakern.peft.files import read_prompt
+from llamakern.stream import TextStream
 from llamakern.tokenizer import PATTERNS, load_tokenizer
 
 SAMPLE = (
@@ -55,12 +56,14 @@ def generate(arguments) -> None:
     if arguments.input and not prompt:
         raise ValueError("generate: input must go with an adapter that has a prompt template, got none")
     tokenizer = load_tokenizer(job.source_path(arguments.tokenizer or arguments.base))
-    model, text, end = load_base(arguments), arguments.prompt, tokenizer.eos_id
+    model, text = load_base(arguments), arguments.prompt
+    ends, stop = end_ids(tokenizer.eos_id, model.config.eos_id), arguments.stop or ()
     if arguments.adapter:
         peft.load(model, arguments.adapter)
     if prompt:
         text = PromptTemplate(**prompt["template"]).prompt(arguments.prompt, arguments.input)
-        end = prompt["end_token"]
+        ends = end_ids(prompt["end_token"])
+    stream = TextStream(tokenizer, ends=ends, stop=stop, write=lambda text: print(text, end="", flush=True))
     generation.generate(
         model,
         torch.tensor([tokenizer.encode(text)]),
@@ -71,28 +74,19 @@ def generate(arguments) -> None:
         min_p=arguments.min_p,
         repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed,
-        eos_id=end,
-        stop=arguments.stop,
+        eos_id=ends or None,
+        stop=stop or None,
         tokenizer=tokenizer,
-        on_token=Stream(tokenizer, end),
+        on_token=stream,
     )
+    stream.close()
     print()
 
 
-class Stream:
-    """Prints text as it grows. A character that is still incomplete waits for its next token."""
-
-    def __init__(self, tokenizer, end: int | None):
-        self.tokenizer, self.end, self.ids, self.shown = tokenizer, end, [], ""
-
-    def __call__(self, ids: list[int | None]) -> None:
-        if ids[0] is None or ids[0] == self.end:
-            return
-        self.ids.append(ids[0])
-        text = self.tokenizer.decode(self.ids)
-        if text.startswith(self.shown) and not text.endswith("\ufffd"):
-            print(text[len(self.shown) :], end="", flush=True)
-            self.shown = text
+def end_ids(*ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
+    """One id, several or none, as configurations name them."""
+    lists = [list(i) if isinstance(i, list | tuple) else [i] for i in ids if i is not None]
+    return tuple(dict.fromkeys(sum(lists, [])))
 
 
 def quantize(arguments) -> None:
