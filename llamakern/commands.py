@@ -55,7 +55,7 @@ def generate(arguments) -> None:
     prompt = read_prompt(arguments.adapter) if arguments.adapter else None
     if arguments.input and not prompt:
         raise ValueError("generate: input must go with an adapter that has a prompt template, got none")
-    tokenizer = load_tokenizer(job.source_path(arguments.tokenizer or arguments.base))
+    tokenizer = job.find_tokenizer(arguments.tokenizer, arguments.base)
     model, text = load_base(arguments), arguments.prompt
     ends, stop = end_ids(tokenizer.eos_id, model.config.eos_id), arguments.stop or ()
     if arguments.adapter:

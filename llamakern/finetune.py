@@ -67,7 +67,7 @@ def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
     ValueError if the folder holds a run with other settings, base or data; it stays as it is.
     """
     out = Path(config.out)
-    tokenizer = load_tokenizer(source_path(config.tokenizer or config.base))
+    tokenizer = find_tokenizer(config.tokenizer, config.base)
     records = read(config, tokenizer)
     run = {
         "settings": dataclasses.asdict(config),
@@ -151,13 +151,23 @@ def source_path(name: str) -> Path:
     return Path(name) if Path(name).exists() else cached_snapshot(name)
 
 
+def find_tokenizer(name: str | None, base: str) -> Tokenizer:
+    """The tokenizer of that file or folder; by default the base's, which may have none."""
+    if name:
+        return load_tokenizer(source_path(name))
+    try:
+        return load_tokenizer(source_path(base))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; name its file or folder with --tokenizer") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Dry run
 
 
 def dry_run(config: FinetuneConfig) -> None:
     """Print what a run would do; train and write nothing. ValueError if an example has nothing left to train on."""
-    tokenizer = load_tokenizer(source_path(config.tokenizer or config.base))
+    tokenizer = find_tokenizer(config.tokenizer, config.base)
     records = read(config, tokenizer)
     examples = [example for record in records for example in record]
     print("One example; [[ ]] marks what trains:", "", marked(examples[0], tokenizer), "", sep="\n")
@@ -175,6 +185,8 @@ def dry_run(config: FinetuneConfig) -> None:
         print(f"  {name:<20}{size / 2**20:>12,.1f} MB")
     print(f"  {'together':<20}{cost.total / 2**20:>12,.1f} MB of {cost.available / 2**20:,.0f} MB free")
     print(f"  largest batch_size that fits: about {cost.largest_batch}")
+    if not cost.measured:
+        print("  This system does not tell the peak of a part of a run, so the run may need more.")
     print(f"\n{cost.total_steps} steps of {cost.seconds_per_step:.2f} s: {duration(cost.hours)}")
 
 

@@ -83,7 +83,7 @@ def set_rng_state(state: dict) -> None:
 
 
 def peak_memory_mb() -> float:
-    """The most that this process has held so far: on the GPU if one is in use, else in RAM."""
+    """The most that this process has held so far, or since `reset_peak_memory`: on the GPU if one is in use, else in RAM."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "linux":  # where ru_maxrss also counts the process that started this one
@@ -91,6 +91,18 @@ def peak_memory_mb() -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def reset_peak_memory() -> bool:
+    """Make `peak_memory_mb` count from now on. False where the system offers no way."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: VmHWM becomes VmRSS
+    except OSError:
+        return False
+    return True
 
 
 def environment() -> dict:
