@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import sys
 
 from llamakern import commands
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.verb != "finetune":
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {' '.join(rest)}{suggestion(rest[0], arguments)}")
     arguments.rest = rest
     try:
         arguments.run(arguments)
@@ -29,6 +30,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nstopped{hint}", file=sys.stderr)
         return 130
     return 0
+
+
+def suggestion(flag: str, arguments: argparse.Namespace) -> str:
+    """The verb's flag that is nearest to one that it does not know."""
+    flags = ["--" + name.replace("_", "-") for name in vars(arguments)]
+    nearest = difflib.get_close_matches(flag.partition("=")[0], flags, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ SAMPLE = (
     "the window, looked at the sky and said what the weather would be. She was seldom wrong."
 )
 
+FINETUNE_FLAGS = ("dry_run", "reproduce", "print_settings")  # beside the settings
+
 
 def demo(arguments) -> None:
     from llamakern.demo import run
@@ -37,7 +40,7 @@ def finetune(arguments) -> None:
     names = settings.names(job.FinetuneConfig)
     for flag in arguments.rest:
         if flag.startswith("--"):
-            settings.known(flag[2:].partition("=")[0].replace("-", "_"), names)
+            settings.known(flag[2:].partition("=")[0].replace("-", "_"), [*names, *FINETUNE_FLAGS])
     file = words.pop(0) if words and "=" not in words[0] else None
     flags = [f"{name}={getattr(arguments, name)}" for name in names if hasattr(arguments, name)]
     config = settings.build(job.FinetuneConfig, file, words + flags)
@@ -55,7 +58,7 @@ def generate(arguments) -> None:
     prompt = read_prompt(arguments.adapter) if arguments.adapter else None
     if arguments.input and not prompt:
         raise ValueError("generate: input must go with an adapter that has a prompt template, got none")
-    tokenizer = load_tokenizer(job.source_path(arguments.tokenizer or arguments.base))
+    tokenizer = job.find_tokenizer(arguments.tokenizer, arguments.base)
     model, text = load_base(arguments), arguments.prompt
     ends, stop = end_ids(tokenizer.eos_id, model.config.eos_id), arguments.stop or ()
     if arguments.adapter:
@@ -85,8 +88,8 @@ def generate(arguments) -> None:
 
 def end_ids(*ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
     """One id, several or none, as configurations name them."""
-    lists = [list(i) if isinstance(i, list | tuple) else [i] for i in ids if i is not None]
-    return tuple(dict.fromkeys(sum(lists, [])))
+    lists = (i if isinstance(i, list | tuple) else [i] for i in ids if i is not None)
+    return tuple(dict.fromkeys(chain.from_iterable(lists)))
 
 
 def quantize(arguments) -> None:
