@@ -68,11 +68,11 @@ class HuggingFaceFolder:
 
     def _get(self, file: Path, key: str) -> Tensor:
         with open_safetensors(file) as f:
-            return f.get_tensor(key).clone()  # not a view of the file
+            return f.get_tensor(key)
 
     def read(self, name: str) -> Tensor | NF4Linear:
         if name in self.packed:
-            return unpack(name, {suffix: self._get(*at) for suffix, at in self.packed[name].items()})
+            return unpack(name, {suffix: self._get(*at).clone() for suffix, at in self.packed[name].items()})
         tensor = self._get(*self.files[name])
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"checkpoint: {name} must be of {', '.join(DTYPES)}, got {tensor.dtype}")

@@ -11,7 +11,8 @@ from compare import assert_same_bits
 from safetensors.torch import load_file
 from torch import nn
 
-from llamakern.checkpoint import from_pretrained, save_pretrained
+from llamakern.checkpoint import from_pretrained
+from llamakern.checkpoint_save import save_pretrained
 from llamakern.model import Llama
 from llamakern.nn import NF4Linear, quantize_
 from llamakern.ops.nf4 import dynamic_map
