@@ -44,8 +44,11 @@ def from_pretrained(path, *, quantize=None, quantize_head=False, double_quant=Fa
         raise ValueError(
             f"checkpoint: {path} must hold {source.config.n_layers} layers, got {len(source.shapes)} tensors"
         )
-    with torch.device("meta"):
-        model = Llama(source.config)
+    try:
+        with torch.device("meta"):
+            model = Llama(source.config)
+    except RuntimeError as e:  # sizes whose product overflows
+        raise ValueError(f"checkpoint: {path} must have sizes of a model, got {source.config}") from e
     for name, stored in match_keys(model, source).items():
         packs = quantize is not None and (name.startswith("layers.") or (quantize_head and name == HEAD))
         place(model, name, source.read(stored), double_quant if packs else None, dtype or source.dtype)

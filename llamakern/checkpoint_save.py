@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamakern import checkpoint_nf4
 from llamakern.checkpoint import shorten
@@ -103,7 +103,8 @@ def collect(model: Llama) -> tuple[dict[str, Tensor], dict]:
     for path, linear in packed.items():
         tensors |= {hf_name(path) + suffix: t for suffix, t in checkpoint_nf4.pack(linear, dtype).items()}
     if packed:
-        config["quantization_config"] = checkpoint_nf4.quantization_config(packed, dtype)
+        dense = [hf_name(path) for path, module in model.named_modules() if type(module) is nn.Linear]
+        config["quantization_config"] = checkpoint_nf4.quantization_config(packed, dense, dtype)
     return tensors, config
 
 

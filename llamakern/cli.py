@@ -78,6 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("base", help="folder of the model")
     p.add_argument("out", help="folder to write")
     p.add_argument("--head", action="store_true", help="quantise lm_head too")
+    p.add_argument("--double-quant", action="store_true", help="quantise the scales too: 4.13 bits a weight, not 4.5")
 
     p = verb(
         "merge", merge, "Merge an adapter into its base and say what that changes.",
@@ -204,7 +205,8 @@ def quantize(arguments) -> None:
     from llamakern.model import Llama
 
     check_out(arguments)
-    model = Llama.from_pretrained(arguments.base, quantize="nf4", quantize_head=arguments.head)
+    how = {"quantize": "nf4", "quantize_head": arguments.head, "double_quant": arguments.double_quant}
+    model = Llama.from_pretrained(arguments.base, **how)
     model.save_pretrained(arguments.out)
     copy_tokenizer(arguments.base, arguments.out)
     print(f"{arguments.out}: {folder_size(arguments.out) / 2**20:,.1f} MB")
