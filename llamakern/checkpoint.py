@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llamakern.checkpoint_gguf import GGUFFile
 from llamakern.checkpoint_hf import HuggingFaceFolder, cached_snapshot
 from llamakern.checkpoint_llama2c import Llama2cFile
 from llamakern.checkpoint_meta import MetaFolder
@@ -16,20 +17,21 @@ from llamakern.model import Llama
 from llamakern.nn import NF4Linear
 
 FORMATS = (
-    "a Hugging Face folder (config.json and safetensors), a Meta folder (params.json and consolidated.*.pth) "
-    "or a llama2.c .bin"
+    "a Hugging Face folder (config.json and safetensors), a Meta folder (params.json and consolidated.*.pth), "
+    "a .gguf or a llama2.c .bin"
 )
+FILES = {".bin": Llama2cFile, ".gguf": GGUFFile}
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 def from_pretrained(path, *, quantize=None, quantize_head=False, double_quant=False, dtype=None) -> Llama:
     """Builds the model that `path` holds.
 
-    path: a Hugging Face folder (dense or bitsandbytes NF4), a Meta folder, a llama2.c `.bin`, a folder with one `.bin`,
-    or the name of a model in the local Hugging Face cache. quantize="nf4" packs every linear of the blocks while
-    loading (double_quant: its absmax too); the embedding and lm_head stay dense unless quantize_head. dtype: that of
-    the dense weights; by default what the configuration says, else what is stored. Memory peaks at the result plus the
-    largest tensor.
+    path: a Hugging Face folder (dense or bitsandbytes NF4), a Meta folder, a llama2.c `.bin` or llama.cpp `.gguf`, a
+    folder with one of these, or the name of a model in the local Hugging Face cache. quantize="nf4" packs every linear
+    of the blocks while loading (double_quant: its absmax too); the embedding and lm_head stay dense unless
+    quantize_head. dtype: that of the dense weights; by default what the configuration says, else what is stored
+    (float32 where a `.gguf` is quantised). Memory peaks at the result plus the largest tensor.
 
     FileNotFoundError where nothing is found; ValueError where a file is cut short, a shape is wrong, or keys are
     missing or unexpected: they are named.
@@ -63,18 +65,19 @@ def open_source(path):
     """The source for whatever stands at `path`."""
     place = Path(path)
     if place.is_file():
-        if place.suffix != ".bin":
+        if place.suffix not in FILES:
             raise ValueError(f"checkpoint: path must be {FORMATS}, got {str(path)!r}")
-        return Llama2cFile(place)
+        return FILES[place.suffix](place)
     if not place.is_dir():
         place = cached_snapshot(str(path))
     if (place / "config.json").is_file():
         return HuggingFaceFolder(place)
     if (place / "params.json").is_file() or any(place.glob("consolidated.*.pth")):
         return MetaFolder(place)
-    found = [file for file in sorted(place.glob("*.bin")) if not file.name.startswith("tok")]  # not the tokenizer
+    files = (file for suffix in FILES for file in sorted(place.glob(f"*{suffix}")))
+    found = [file for file in files if not file.name.startswith("tok")]  # not llama2.c's tokenizer
     if len(found) == 1:
-        return Llama2cFile(found[0])
+        return FILES[found[0].suffix](found[0])
     got = ", ".join(file.name for file in found or sorted(place.iterdir())[:8]) or "an empty folder"
     raise FileNotFoundError(f"checkpoint: path must be {FORMATS}, got {place} with {got}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llamakern.gate import GateError
 
-MISTAKES = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, GateError)
+MISTAKES = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, GateError, ImportError)
 
 
 def main(argv: list[str] | None = None) -> int:
