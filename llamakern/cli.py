@@ -10,7 +10,7 @@ from llamakern.finetune import DTYPES, FinetuneConfig
 from llamakern.gate import GateError
 from llamakern.peft.merge import FORMS
 
-MISTAKES = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, GateError)
+MISTAKES = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, GateError, ImportError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,6 +90,7 @@ def quantize(p: argparse.ArgumentParser) -> None:
     p.add_argument("base", help="folder of the model")
     p.add_argument("out", help="folder to write")
     p.add_argument("--head", action="store_true", help="quantise lm_head too")
+    p.add_argument("--double-quant", action="store_true", help="quantise the scales too: 4.13 bits a weight, not 4.5")
 
 
 def merge(p: argparse.ArgumentParser) -> None:

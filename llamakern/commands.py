@@ -94,7 +94,8 @@ def end_ids(*ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
 
 def quantize(arguments) -> None:
     check_out(arguments)
-    model = Llama.from_pretrained(arguments.base, quantize="nf4", quantize_head=arguments.head)
+    how = {"quantize": "nf4", "quantize_head": arguments.head, "double_quant": arguments.double_quant}
+    model = Llama.from_pretrained(arguments.base, **how)
     model.save_pretrained(arguments.out)
     copy_tokenizer(arguments.base, arguments.out)
     print(f"{arguments.out}: {folder_size(arguments.out) / 2**20:,.1f} MB")
