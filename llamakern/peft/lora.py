@@ -82,26 +82,31 @@ class LoRAConfig:
 
     def match(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The linears that get LoRA, by dotted name. ValueError if there is none, or none for one of the targets."""
-        found = {name: linear for name, linear in linears(model).items() if not self.excludes(hub_name(model, name))}
-        patterns = [self.targets] if isinstance(self.targets, str) else list(self.targets)
-        matches = {p: [name for name in found if self.fits(p, hub_name(model, name))] for p in patterns}
-        missing = [pattern for pattern, names in matches.items() if not names]
+        found = {hub_name(model, name): (name, linear) for name, linear in linears(model).items()}
+        if isinstance(self.targets, str):
+            matches = {
+                self.targets: [name for name in found if self.targets == "all-linear" or fits(self.targets, name)]
+            }
+        else:
+            matches = {target: [name for name in found if is_tail(target, name)] for target in self.targets}
+        missing = [target for target, names in matches.items() if not names]
         if missing or not matches:
             have = sorted({name.rpartition(".")[2] for name in found})
             raise ValueError(
                 f"peft: targets must name linears of the model, no module named any of {missing}; it has {have}"
             )
-        return {name: found[name] for names in matches.values() for name in names}
+        chosen = dict(found[name] for names in matches.values() for name in names if not self.leaves_out(name))
+        if not chosen:
+            raise ValueError(f"peft: layers and exclude must leave a target, got {self.layers} and {self.exclude!r}")
+        return chosen
 
-    def fits(self, target: str, name: str) -> bool:
-        if isinstance(self.targets, str):
-            return self.targets == "all-linear" or re.fullmatch(target, name) is not None
+    def leaves_out(self, name: str) -> bool:
+        """Whether `exclude` or `layers` keeps this whole name plain."""
         layer = re.search(r"\.[^.]*\.(\d+)\.", name)
-        return is_tail(target, name) and (self.layers is None or (layer and int(layer[1]) in self.layers))
-
-    def excludes(self, name: str) -> bool:
+        if self.layers is not None and not (layer and int(layer[1]) in self.layers):
+            return True
         if isinstance(self.exclude, str):
-            return re.fullmatch(self.exclude, name) is not None
+            return fits(self.exclude, name)
         return any(is_tail(excluded, name) for excluded in self.exclude)
 
     def wrap(self, name: str, linear: nn.Linear) -> LoRALinear:
@@ -114,14 +119,17 @@ class LoRAConfig:
         add(model, name, self)
 
 
+def fits(pattern: str, name: str) -> bool:
+    return re.fullmatch(pattern, name) is not None
+
+
 def is_tail(tail: str, name: str) -> bool:
     return f".{name}".endswith(f".{tail}")
 
 
 def pick(patterns: dict, name: str, default):
     """The value of the first pattern that fits the name or its tail."""
-    fitting = (value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name))
-    return next(fitting, default)
+    return next((value for pattern, value in patterns.items() if fits(rf"(?:.*\.)?(?:{pattern})", name)), default)
 
 
 def check(name: str, value, wanted: str, holds: bool) -> None:
