@@ -77,8 +77,9 @@ class NF4Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, block_size=64, double_quant=False):
-        """Quantises a dense linear; its bias is kept as it is."""
-        return cls.from_weight(linear.weight, linear.bias, block_size=block_size, double_quant=double_quant)
+        """Quantises a dense linear; its bias and its training mode are kept as they are."""
+        made = cls.from_weight(linear.weight, linear.bias, block_size=block_size, double_quant=double_quant)
+        return made.train(linear.training)
 
     @property
     def shape(self) -> tuple[int, int] | None:
