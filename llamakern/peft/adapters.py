@@ -21,6 +21,7 @@ class Adapter:
 
     config: object
     modules: dict[str, LoRALinear]
+    parents: dict[str, nn.Module]  # the module that holds each of those
     biases: dict[
         str, nn.Parameter
     ]  # those that are not in the model now: the adapter's own, or the base's while active
@@ -46,16 +47,19 @@ def activate(model: nn.Module, name: str | None) -> nn.Module:
     if (old := active(model)) is not None:
         adapter = carried(model)[old]
         for path, module in adapter.modules.items():
-            replace(model, path, module.base)
+            put(adapter.parents[path], path, module.base)
         exchange_biases(model, adapter)
     if name is not None:
         adapter = carried(model)[name]
         exchange_biases(model, adapter)
         for path, module in adapter.modules.items():
-            module.base = base = model.get_submodule(path)
-            if module.lora_a.device != base.weight.device:  # the model moved while this adapter was away
+            base = put(adapter.parents[path], path, module)
+            if module.base is not base:  # it was replaced while this adapter was away, as by quantize_
+                module.base = base
+            if module.lora_a.device != base.weight.device:
                 module.to(base.weight.device)
-            replace(model, path, module.train(base.training))
+            if module.training != base.training:
+                module.train(base.training)
     model.peft_active = name
     model.peft_config = None if name is None else carried(model)[name].config
     return model
@@ -76,7 +80,8 @@ def add(model: nn.Module, name: str, config) -> None:
         biases = {path: nn.Parameter(bias.detach().clone()) for path, bias in trained_biases(model, config, made)}
         if not carried(model):
             freeze(model)
-        model.peft_adapters = carried(model) | {name: Adapter(config, made, biases)}
+        parents = {path: model.get_submodule(path.rpartition(".")[0]) for path in made}
+        model.peft_adapters = carried(model) | {name: Adapter(config, made, parents, biases)}
     activate(model, name)
 
 
@@ -116,6 +121,13 @@ def trained_biases(model: nn.Module, config, targets) -> list[tuple[str, nn.Para
     if config.bias == "lora_only":
         biases = [(path, p) for path, p in biases if path.rpartition(".")[0] in targets]
     return biases if config.bias != "none" else []
+
+
+def put(parent: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The module stands where `path` ends, in place of the one returned: Module.__setattr__ takes far longer."""
+    children, name = parent._modules, path.rpartition(".")[2]
+    before, children[name] = children[name], module
+    return before
 
 
 def exchange_biases(model: nn.Module, adapter: Adapter) -> None:
