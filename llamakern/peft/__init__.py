@@ -9,7 +9,7 @@ from llamakern.peft.adapters import activate, active, adapters, remove
 from llamakern.peft.base import count_trainable, trainable
 from llamakern.peft.files import load, save
 from llamakern.peft.lora import LoRAConfig
-from llamakern.peft.merge import logit_change, merge
+from llamakern.peft.merge import MergeReport, logit_change, merge, merge_report
 
 METHODS = {"lora": LoRAConfig, "qlora": LoRAConfig}
 
@@ -26,6 +26,7 @@ def apply(model: nn.Module, config, *, name: str = "default") -> nn.Module:
 __all__ = [
     "METHODS",
     "LoRAConfig",
+    "MergeReport",
     "activate",
     "active",
     "adapters",
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "logit_change",
     "merge",
+    "merge_report",
     "remove",
     "save",
     "trainable",
