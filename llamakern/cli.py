@@ -8,7 +8,7 @@ import sys
 from llamakern import commands
 from llamakern.finetune import DTYPES, FinetuneConfig
 from llamakern.gate import GateError
-from llamakern.peft.merge import FORMS
+from llamakern.peft.merge import FORMS, SHORT
 
 MISTAKES = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, GateError, ImportError)
 
@@ -75,6 +75,7 @@ def generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--input", default="", help="with an adapter, the instruction's input")
     p.add_argument("--tokenizer", help="file or folder; by default the base's")
     p.add_argument("--quantize", choices=["nf4"], help="quantise the base while loading")
+    p.add_argument("--double-quant", action="store_true", help="with --quantize, quantise the scales too")
     p.add_argument("--dtype", choices=DTYPES, help="of the dense weights; by default as stored")
     p.add_argument("--max-new-tokens", type=int, default=200, help="(%(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
@@ -98,7 +99,8 @@ def merge(p: argparse.ArgumentParser) -> None:
     p.add_argument("adapter", help="folder of the adapter")
     p.add_argument("out", help="folder to write")
     p.add_argument("--quantize", choices=["nf4"], help="the base is quantised while loading, as it was for qlora")
-    p.add_argument("--to", choices=FORMS, help="form of the result; by default dense")
+    p.add_argument("--double-quant", action="store_true", help="with --quantize, the scales too, as it was for qlora")
+    p.add_argument("--to", choices=[*FORMS, *SHORT], help="form of the result; by default dense")
     p.add_argument("--text", default=commands.SAMPLE, help="sample on which the change of the logits is measured")
 
 

@@ -10,9 +10,9 @@ import torch
 from llamakern import finetune as job
 from llamakern import generation, peft, runs, settings
 from llamakern.data import PromptTemplate
-from llamakern.files import folder_size
+from llamakern.files import folder_size, write_json
 from llamakern.model import Llama
-from llamakern.peft.files import read_prompt
+from llamakern.peft.files import PROMPT, read_prompt
 from llamakern.stream import TextStream
 from llamakern.tokenizer import PATTERNS, load_tokenizer
 
@@ -55,7 +55,7 @@ def finetune(arguments) -> None:
 
 
 def generate(arguments) -> None:
-    prompt = read_prompt(arguments.adapter) if arguments.adapter else None
+    prompt = read_prompt(arguments.adapter or job.source_path(arguments.base))
     if arguments.input and not prompt:
         raise ValueError("generate: input must go with an adapter that has a prompt template, got none")
     tokenizer = job.find_tokenizer(arguments.tokenizer, arguments.base)
@@ -94,8 +94,8 @@ def end_ids(*ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
 
 def quantize(arguments) -> None:
     check_out(arguments)
-    how = {"quantize": "nf4", "quantize_head": arguments.head, "double_quant": arguments.double_quant}
-    model = Llama.from_pretrained(arguments.base, **how)
+    knobs = {"quantize_head": arguments.head, "double_quant": arguments.double_quant}
+    model = Llama.from_pretrained(arguments.base, quantize="nf4", **knobs)
     model.save_pretrained(arguments.out)
     copy_tokenizer(arguments.base, arguments.out)
     print(f"{arguments.out}: {folder_size(arguments.out) / 2**20:,.1f} MB")
@@ -104,18 +104,14 @@ def quantize(arguments) -> None:
 def merge(arguments) -> None:
     check_out(arguments)
     arguments.dtype = None
-    model = peft.load(load_base(arguments), arguments.adapter).eval()
+    model = peft.load(load_base(arguments), arguments.adapter)
     tokens = torch.tensor([load_tokenizer(job.source_path(arguments.base)).encode(arguments.text)])
-    with torch.no_grad():
-        before = model(tokens)
-        after = peft.merge(model, to=arguments.to)(tokens)
+    report = peft.merge_report(model, tokens, to=arguments.to)
     model.save_pretrained(arguments.out)
     copy_tokenizer(arguments.base, arguments.out)
-    change = peft.logit_change(before, after)
-    print(
-        f"{arguments.out}: merging changed the logits of {tokens.numel()} tokens by at most {change['max']:.3g}, "
-        f"{change['mean']:.3g} in the mean; the likeliest token stayed the same for {change['same_token']:.1%}"
-    )
+    if (prompt := read_prompt(arguments.adapter)) is not None:
+        write_json(Path(arguments.out) / PROMPT, prompt)
+    print(f"{report}\n{arguments.out}: {folder_size(arguments.out) / 2**20:,.1f} MB")
 
 
 def info(arguments) -> None:
@@ -125,7 +121,8 @@ def info(arguments) -> None:
 
 def load_base(arguments) -> Llama:
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
-    return Llama.from_pretrained(arguments.base, quantize=arguments.quantize, dtype=dtype)
+    knobs = {"quantize": arguments.quantize, "double_quant": arguments.double_quant}
+    return Llama.from_pretrained(arguments.base, dtype=dtype, **knobs)
 
 
 def check_out(arguments) -> None:

@@ -43,6 +43,8 @@ class FinetuneConfig(TrainConfig):
     dropout: float = 0.05
     targets: tuple[str, ...] = ALL_LINEARS
     rslora: bool = False
+    dora: bool = False
+    double_quant: bool = False  # of qlora's base: its scales in 8 bits
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,10 +56,12 @@ class FinetuneConfig(TrainConfig):
                 raise ValueError(f"finetune: {name} must be one of {list(choices)}, got {getattr(self, name)!r}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"finetune: dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
+        if self.double_quant and self.method != "qlora":
+            raise ValueError(f"finetune: method must be qlora with double_quant, got {self.method!r}")
         self.peft_config()
 
     def peft_config(self) -> peft.LoRAConfig:
-        return peft.LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.rslora)
+        return peft.LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.rslora, self.dora)
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
@@ -157,8 +161,8 @@ def prepare(config: FinetuneConfig, tokenizer: Tokenizer, records: list, *, out:
     records = drop_masked(records) if config.drop_masked else records
     train, held_out = split(records, config.eval_fraction, config.seed)
     check_examples(train + held_out)
-    quantize = "nf4" if config.method == "qlora" else None
-    model = Llama.from_pretrained(config.base, quantize=quantize, dtype=config.dtype and getattr(torch, config.dtype))
+    knobs = {"quantize": "nf4" if config.method == "qlora" else None, "double_quant": config.double_quant}
+    model = Llama.from_pretrained(config.base, dtype=config.dtype and getattr(torch, config.dtype), **knobs)
     largest, vocab_size = max((max(e.tokens) for e in train + held_out), default=0), model.config.vocab_size
     if largest >= vocab_size:
         raise ValueError(f"finetune: tokenizer must give ids below the model's {vocab_size}, got {largest}")
