@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
+from llamakern import chat, generation, peft, runs, settings
 from llamakern import finetune as job
-from llamakern import generation, peft, runs, settings
-from llamakern.data import PromptTemplate
 from llamakern.files import folder_size, write_json
 from llamakern.model import Llama
 from llamakern.peft.files import PROMPT, read_prompt
@@ -55,21 +54,23 @@ def finetune(arguments) -> None:
 
 
 def generate(arguments) -> None:
-    prompt = read_prompt(arguments.adapter or job.source_path(arguments.base))
-    if arguments.input and not prompt:
-        raise ValueError("generate: input must go with an adapter that has a prompt template, got none")
+    template, ends = prompt_template(arguments)
     tokenizer = job.find_tokenizer(arguments.tokenizer, arguments.base)
-    model, text = load_base(arguments), arguments.prompt
-    ends, stop = end_ids(tokenizer.eos_id, model.config.eos_id), arguments.stop or ()
+    if template:
+        segments = template.question(arguments.prompt, arguments.input, arguments.system)
+        tokens, _ = chat.encode(segments, tokenizer)
+    else:
+        tokens = tokenizer.encode(arguments.prompt)
+    model, stop = load_base(arguments), arguments.stop or ()
+    if ends is None:
+        own = chat.end_ids(template, tokenizer) if template else tokenizer.eos_id
+        ends = end_ids(own, model.config.eos_id)
     if arguments.adapter:
         peft.load(model, arguments.adapter)
-    if prompt:
-        text = PromptTemplate(**prompt["template"]).prompt(arguments.prompt, arguments.input)
-        ends = end_ids(prompt["end_token"])
     stream = TextStream(tokenizer, ends=ends, stop=stop, write=lambda text: print(text, end="", flush=True))
     generation.generate(
         model,
-        torch.tensor([tokenizer.encode(text)]),
+        torch.tensor([tokens]),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -84,6 +85,22 @@ def generate(arguments) -> None:
     )
     stream.close()
     print()
+
+
+def prompt_template(arguments) -> tuple[chat.Template | None, tuple[int, ...] | None]:
+    """The template of --chat, or of the adapter or merged model, and the end ids stored with it."""
+    prompt = read_prompt(arguments.adapter or job.source_path(arguments.base))
+    if prompt and arguments.chat:
+        raise ValueError(f"generate: chat must go without a template of the model's own, got {arguments.chat}")
+    if prompt:
+        return chat.from_prompt(prompt)
+    if arguments.chat:
+        return chat.TEMPLATES[arguments.chat], None
+    if arguments.input or arguments.system:
+        raise ValueError(
+            "generate: input and system must go with a prompt template, got no chat and none in an adapter"
+        )
+    return None, None
 
 
 def end_ids(*ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """The fine-tuning job: from settings to an adapter on disk, or with `dry_run` to a report of what would happen."""
 
 import dataclasses
+import itertools
 import json
 import shlex
 import shutil
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 
 from llamakern import peft, settings
-from llamakern.data import PLAIN, Example, PromptTemplate, check_examples, drop_masked, load_examples, split
+from llamakern.chat import TEMPLATES, to_prompt
+from llamakern.data import Example, check_examples, drop_masked, load_examples, split
 from llamakern.estimate import estimate
 from llamakern.files import sha256, write_json
 from llamakern.model import Llama
@@ -20,7 +22,6 @@ from llamakern.runs import environment, now
 from llamakern.tokenizer import Tokenizer, load_tokenizer
 from llamakern.train import FREE_TO_CHANGE, TrainConfig, Trainer
 
-TEMPLATES = {"alpaca": PromptTemplate(), "plain": PLAIN}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -34,7 +35,7 @@ class FinetuneConfig(TrainConfig):
     method: str = "lora"  # lora, qlora
     tokenizer: str | None = None  # file or folder; by default the base's
     fields: dict[str, str] = field(default_factory=dict)  # our name: the file's
-    template: str = "alpaca"  # alpaca, plain
+    template: str = "alpaca"  # alpaca, plain, llama2, llama3, llama3.1, llama4
     eval_fraction: float = 0.05  # of the records, held out
     drop_masked: bool = False  # leave out examples whose answer lies wholly beyond max_len
     dtype: str | None = None  # of the dense weights: float32, bfloat16, float16; by default as stored
@@ -87,7 +88,7 @@ def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
     trainer = prepare(config, tokenizer, records, out=out, quiet=quiet)
     write_json(out / "run.json", run)
     run["result"] = trainer.train()
-    prompt = {"template": TEMPLATES[config.template].to_dict(), "end_token": tokenizer.eos_id}
+    prompt = to_prompt(TEMPLATES[config.template], tokenizer)
     peft.save(trainer.model, out / "adapter", base=config.base, prompt=prompt)
     run["hashes"]["adapter"] = sha256(out / "adapter" / "adapter_model.safetensors")
     run["ended"] = now()
@@ -226,16 +227,16 @@ def dry_run(config: FinetuneConfig) -> None:
 
 def marked(example: Example, tokenizer: Tokenizer) -> str:
     """The example's text with its trained stretches in [[ ]] and its marks by name."""
-    marks = {tokenizer.bos_id: "<begin>", tokenizer.eos_id: "<end>"}
-    stretches, start = [], 0
-    for i in range(1, len(example.tokens) + 1):
-        if i == len(example.tokens) or example.trained[i] != example.trained[start]:
-            ids = example.tokens[start:i]
-            head, tail = ids[0] in marks, ids[-1] in marks and len(ids) > 1
-            text = marks.get(ids[0], "") + tokenizer.decode(ids[head : len(ids) - tail])
-            text += marks[ids[-1]] if tail else ""
-            stretches.append(f"[[{text}]]" if example.trained[start] else text)
-            start = i
+    names = {i: name for name, i in tokenizer.marks.items()}
+    names |= {tokenizer.bos_id: "<begin>", tokenizer.eos_id: "<end>"}
+    pieces = zip(example.tokens, example.trained, strict=True)
+    stretches = []
+    for trained, stretch in itertools.groupby(pieces, key=lambda piece: piece[1]):
+        runs = itertools.groupby((i for i, _ in stretch), key=lambda i: i if i in names else None)
+        text = "".join(
+            tokenizer.decode(list(run)) if mark is None else names[mark] * len(list(run)) for mark, run in runs
+        )
+        stretches.append(f"[[{text}]]" if trained else text)
     return "".join(stretches)
 
 
