@@ -19,6 +19,7 @@ from llamakern.tokenizer import Tokenizer, load_tokenizer
 from llamakern.train import FREE_TO_CHANGE, TrainConfig, Trainer
 
 TEMPLATES = {"alpaca": PromptTemplate(), "plain": PLAIN}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -34,7 +35,7 @@ class FinetuneConfig(TrainConfig):
     template: str = "alpaca"  # alpaca, plain
     eval_fraction: float = 0.05  # of the records, held out
     drop_masked: bool = False  # leave out examples whose answer lies wholly beyond max_len
-    dtype: str | None = None  # of the dense weights: float32, bfloat16; by default as stored
+    dtype: str | None = None  # of the dense weights: float32, bfloat16, float16; by default as stored
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
@@ -49,8 +50,8 @@ class FinetuneConfig(TrainConfig):
         for name, choices in (("method", peft.METHODS), ("template", TEMPLATES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"finetune: {name} must be one of {list(choices)}, got {getattr(self, name)!r}")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f"finetune: dtype must be float32 or bfloat16, got {self.dtype!r}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"finetune: dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
         self.peft_config()
 
     def peft_config(self) -> peft.LoRAConfig:

@@ -1,10 +1,14 @@
 """The command line, end to end on a tiny model made here: every verb, its help, and its messages."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from checkpoints import edit_config
 
-from llamakern import Llama, LlamaConfig, settings
+from llamakern import Llama, LlamaConfig, load_tokenizer, settings
+from llamakern import generate as model_generate
 from llamakern.cli import main
 from llamakern.finetune import FinetuneConfig
 
@@ -217,7 +221,42 @@ def test_an_interrupt_promises_only_what_holds(argv, resumes, monkeypatch, capsy
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llamakern.finetune.finetune", interrupt)
-    monkeypatch.setattr("llamakern.runs.environment", interrupt)
+    monkeypatch.setattr("llamakern.commands.job.finetune", interrupt)
+    monkeypatch.setattr("llamakern.commands.runs.environment", interrupt)
     assert main(argv) == 130
     assert ("goes on from the last checkpoint" in capsys.readouterr().err) == resumes
+
+
+def generated(capsys, base, *flags):
+    capsys.readouterr()
+    assert main(["generate", str(base), "--prompt", "say cat", "--max-new-tokens", "24", *flags]) == 0
+    return capsys.readouterr().out.removesuffix("\n")
+
+
+def test_a_stop_string_is_not_printed(tiny, capsys):
+    free = generated(capsys, tiny / "base")
+    stop = free[4:8]
+    assert generated(capsys, tiny / "base", "--stop", stop) == free[: free.index(stop)]
+    assert generated(capsys, tiny / "base", "--stop", "never", "--stop", stop) == free[: free.index(stop)]
+
+
+def test_generate_takes_every_knob_of_sampling(tiny, capsys):
+    free = generated(capsys, tiny / "base")
+    assert generated(capsys, tiny / "base", "--temperature", "2", "--min-p", "1") == free
+    assert generated(capsys, tiny / "base", "--repetition-penalty", "1e9") != free
+    drawn = ["--temperature", "2", "--top-k", "200", "--top-p", "0.99", "--seed", "1"]
+    assert generated(capsys, tiny / "base", *drawn) == generated(capsys, tiny / "base", *drawn) != free
+    assert main(["generate", str(tiny / "base"), "--prompt", "a", "--min-p", "2"]) == 1
+    assert "generate: min_p must be in [0, 1], got 2.0" in capsys.readouterr().err
+
+
+def test_generate_ends_at_each_of_several_end_tokens(tiny, tmp_path, capsys):
+    """As configurations of LLaMA 3 name them: a list."""
+    tokenizer = load_tokenizer(tiny / "base")
+    model = Llama.from_pretrained(tiny / "base")
+    out = model_generate(model, torch.tensor([tokenizer.encode("say cat")]), max_new_tokens=24)[0]
+    new = out[len(tokenizer.encode("say cat")) :].tolist()
+    end = new[5]
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    edit_config(tmp_path / "base", eos_token_id=[299, end])
+    assert generated(capsys, tmp_path / "base") == tokenizer.decode(new[: new.index(end)])
