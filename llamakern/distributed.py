@@ -25,7 +25,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None  # of the tensors that the processes exchange
 
     @property
     def is_main(self) -> bool:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from llamakern.distributed import is_main, whole
 from llamakern.files import atomic_folder, write_json
 from llamakern.nn import LoRALinear
 from llamakern.peft.base import match
@@ -34,11 +35,15 @@ def save(model: nn.Module, path: str | Path, *, base: str = "", prompt: dict | N
     """Write the adapter in `model` to the folder `path`, replacing it in one rename.
 
     base: the name that PEFT shall find the base model by. prompt: kept in prompt.json, for `generate`.
+    Of several processes all call it, since each may hold a part; process 0 writes.
     ValueError if the model carries no adapter, or if the folder holds anything that is not part of one.
     """
     tensors = lora_tensors(model)
     if not tensors:
         raise ValueError("peft: model must carry an adapter to save one, got a model without LoRA")
+    tensors = {name: whole(t.detach()).contiguous() for name, t in tensors.items()}
+    if not is_main():
+        return
     path = Path(path)
     if others := sorted(file.name for file in path.iterdir() if file.name not in OWN) if path.is_dir() else []:
         raise ValueError(f"peft: path must be a new folder or one with an adapter only, got {path} with {others[0]}")
@@ -57,7 +62,7 @@ def save(model: nn.Module, path: str | Path, *, base: str = "", prompt: dict | N
         "inference_mode": True,
     }
     with atomic_folder(path) as folder:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / CONFIG, settings)
         if prompt is not None:
             write_json(folder / PROMPT, prompt)
