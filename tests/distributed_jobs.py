@@ -1,7 +1,8 @@
-"""What tests/test_distributed.py runs in two processes: `distributed_jobs.py <folder> <job> ...`, each writing there.
+"""What test_distributed.py runs in two processes: `distributed_jobs.py <folder> <job>,<job>,... <job>,...`
 
-A job's processes are forked from one that has loaded torch, so they cost milliseconds; their environment is torchrun's.
-With that of torchrun itself, or alone, a job runs in the process as it is.
+Each list is one pair of processes, forked from one that has loaded all of torch that they need, which saves seconds;
+their environment is torchrun's. Under torchrun itself the jobs run in the process as it is. A job is a function below
+with its arguments, `train:ddp`, and writes into the folder.
 """
 
 import os
@@ -11,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.fsdp
 
@@ -127,8 +129,14 @@ def gate(folder: Path, kind: str) -> None:
         (folder / f"{kind}-gate-{trainer.world.rank}.txt").write_text(str(error))
 
 
-def pair(job, folder: Path, *arguments: str) -> list[int]:
-    """The job in two new processes; their exit codes, negative where a signal ended one."""
+def do(folder: Path, jobs: str) -> None:
+    for job in jobs.split(","):
+        name, *arguments = job.split(":")
+        globals()[name](folder, *arguments)
+
+
+def pair(folder: Path, jobs: str) -> list[int]:
+    """The jobs in two new processes; their exit codes, negative where a signal ended one."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     children = []
@@ -137,7 +145,7 @@ def pair(job, folder: Path, *arguments: str) -> list[int]:
         if children[-1] == 0:
             os.environ |= agent | {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
             try:
-                job(folder, *arguments)
+                do(folder, jobs)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -147,9 +155,8 @@ def pair(job, folder: Path, *arguments: str) -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for words in sys.argv[2:]:
-        name, *arguments = words.split(":")
+    for jobs in sys.argv[2:]:
         if dist.is_torchelastic_launched():
-            globals()[name](Path(sys.argv[1]), *arguments)
+            do(Path(sys.argv[1]), jobs)
         else:
-            print(words, *pair(globals()[name], Path(sys.argv[1]), *arguments), flush=True)
+            print(jobs, *pair(Path(sys.argv[1]), jobs), flush=True)

@@ -41,11 +41,13 @@ def torchrun(*words) -> subprocess.CompletedProcess:
 def two(tmp_path_factory, tiny):
     """The folder in which two processes have done every job."""
     folder = tmp_path_factory.mktemp("two")
-    names = [f"{name}:{kind}" for kind in jobs.KINDS for name in ("train", "killed", "resumed", "not_finite", "gate")]
-    names += [f"finetune:{tiny}:{kind}" for kind in jobs.KINDS]
-    done = python(SCRIPT, folder, *names)
-    for name in names:
-        codes = "-9 -9" if name.startswith("killed") else "0 0"
+    pairs = {}
+    for kind in jobs.KINDS:
+        pairs[f"killed:{kind}"] = "-9 -9"
+        names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate")]
+        pairs[",".join([*names, f"finetune:{tiny}:{kind}"])] = "0 0"
+    done = python(SCRIPT, folder, *pairs)
+    for name, codes in pairs.items():
         assert f"{name} {codes}\n" in done.stdout, done.stdout
     return folder
 
@@ -146,7 +148,7 @@ def test_finetune_in_two_processes_writes_what_one_writes(one, two, kind):
 
 def test_torchrun_and_one_failing_process(tiny, tmp_path):
     """torchrun's own launch; then process 1 alone meets an error, which ends the job and is shown."""
-    done = torchrun(SCRIPT, tmp_path, f"finetune:{tiny}:ddp", "fails")
+    done = torchrun(SCRIPT, tmp_path, f"finetune:{tiny}:ddp,fails")
     assert done.stdout.count("adapter: ") == 1, done.stdout
     assert (tmp_path / "finetune-ddp" / "adapter").is_dir()
     assert done.returncode != 0
