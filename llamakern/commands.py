@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llamakern import chat, generation, peft, runs, settings
+from llamakern import chat, distributed, generation, peft, runs, settings
 from llamakern import finetune as job
 from llamakern.files import folder_size, write_json
 from llamakern.model import Llama
@@ -34,7 +34,9 @@ def finetune(arguments) -> None:
     if arguments.reproduce:
         if words:
             raise ValueError(f"finetune: reproduce must stand alone, got {words[0]}")
-        print(f"the adapter is the same: {job.reproduce(arguments.reproduce)['hashes']['adapter']}")
+        same = job.reproduce(arguments.reproduce)["hashes"]["adapter"]
+        if distributed.is_main():
+            print(f"the adapter is the same: {same}")
         return
     names = settings.names(job.FinetuneConfig)
     for flag in arguments.rest:
@@ -49,8 +51,10 @@ def finetune(arguments) -> None:
     elif arguments.dry_run:
         job.dry_run(config)
     else:
-        print(json.dumps(job.finetune(config)["result"], indent=2))
-        print(f"adapter: {Path(config.out) / 'adapter'}")
+        result = job.finetune(config)["result"]
+        if distributed.is_main():
+            print(json.dumps(result, indent=2))
+            print(f"adapter: {Path(config.out) / 'adapter'}")
 
 
 def generate(arguments) -> None:
