@@ -15,3 +15,11 @@ from llamakern.model import Llama as Llama
 from llamakern.tokenizer import load_tokenizer as load_tokenizer
 from llamakern.train import TrainConfig as TrainConfig
 from llamakern.train import Trainer as Trainer
+
+
+def __getattr__(name: str):
+    if name in ("patch", "unpatch"):  # they need transformers, which nothing else here does
+        from llamakern.integrations import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module 'llamakern' has no attribute {name!r}")
