@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import SMALL, assert_same_model, edit_config, edit_tensors, small
+from compare import assert_same_bits
 from safetensors.torch import load_file
 from torch import nn
 
@@ -37,7 +38,7 @@ def test_every_format_has_a_fixture():
     assert made.keys() == LOGITS.keys()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize(
     "change",
     [{}, {"tie_embeddings": True}, {"rope_scaling": RopeScaling(32.0), "head_dim": 20, "eos_id": (3, 4)}],
@@ -304,14 +305,30 @@ def test_names_in_the_local_cache(tmp_path, monkeypatch):
     assert_same_model(from_pretrained("some/model"), model)
 
 
-def test_transformers_loads_what_is_saved(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": RopeScaling(8.0, original_max_seq_len=8), "head_dim": 12},
+        {"tie_embeddings": True},
+        {"rope_layout": "interleaved", "n_kv_heads": 4},
+    ],
+    ids=["scaled", "tied", "interleaved"],
+)
+def test_transformers_loads_what_is_saved(tmp_path, change, dtype):
     transformers = pytest.importorskip("transformers")
-    model = small(rope_scaling=RopeScaling(8.0, original_max_seq_len=8), head_dim=12)
-    model.save_pretrained(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert theirs.dtype == torch.float32
+    model = small(**change).to(dtype)
+    save_pretrained(model, tmp_path, max_shard_bytes=20_000 if "tie_embeddings" in change else 10**9)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert theirs.dtype == dtype
+    loaded = from_pretrained(tmp_path)
+    for name, p in loaded.named_parameters():
+        assert_same_bits(
+            p.detach(), theirs.get_parameter(name if "lm_head" in name else f"model.{name}").detach(), name
+        )
     tokens = torch.randint(0, 37, (2, 16))
     with torch.inference_mode():
-        torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert_same_model(from_pretrained(tmp_path / "theirs"), model)
+        want = theirs.float()(tokens).logits
+        torch.testing.assert_close(model.float()(tokens), want, rtol=0, atol=1e-5)
+    theirs.to(dtype).save_pretrained(tmp_path / "theirs")
+    assert_same_model(from_pretrained(tmp_path / "theirs"), loaded)
