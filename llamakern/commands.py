@@ -2,15 +2,16 @@
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from llamakern import chat, generation, peft, runs, settings
 from llamakern import finetune as job
-from llamakern.files import folder_size
+from llamakern.files import folder_size, write_json
 from llamakern.model import Llama
-from llamakern.peft.files import read_prompt
+from llamakern.peft.files import PROMPT, read_prompt
 from llamakern.stream import TextStream
 from llamakern.tokenizer import PATTERNS, load_tokenizer
 
@@ -18,6 +19,8 @@ SAMPLE = (
     "Once upon a time there was a small house at the edge of a forest. Every morning the woman who lived there opened "
     "the window, looked at the sky and said what the weather would be. She was seldom wrong."
 )
+
+FINETUNE_FLAGS = ("dry_run", "reproduce", "print_settings")  # beside the settings
 
 
 def demo(arguments) -> None:
@@ -36,7 +39,7 @@ def finetune(arguments) -> None:
     names = settings.names(job.FinetuneConfig)
     for flag in arguments.rest:
         if flag.startswith("--"):
-            settings.known(flag[2:].partition("=")[0].replace("-", "_"), names)
+            settings.known(flag[2:].partition("=")[0].replace("-", "_"), [*names, *FINETUNE_FLAGS])
     file = words.pop(0) if words and "=" not in words[0] else None
     flags = [f"{name}={getattr(arguments, name)}" for name in names if hasattr(arguments, name)]
     config = settings.build(job.FinetuneConfig, file, words + flags)
@@ -52,7 +55,7 @@ def finetune(arguments) -> None:
 
 def generate(arguments) -> None:
     template, ends = prompt_template(arguments)
-    tokenizer = load_tokenizer(job.source_path(arguments.tokenizer or arguments.base))
+    tokenizer = job.find_tokenizer(arguments.tokenizer, arguments.base)
     if template:
         segments = template.question(arguments.prompt, arguments.input, arguments.system)
         tokens, _ = chat.encode(segments, tokenizer)
@@ -85,30 +88,29 @@ def generate(arguments) -> None:
 
 
 def prompt_template(arguments) -> tuple[chat.Template | None, tuple[int, ...] | None]:
-    """The template of --chat or of the adapter, and the adapter's end ids."""
-    prompt = read_prompt(arguments.adapter) if arguments.adapter else None
+    """The template of --chat, or that of the adapter or merged model with its end ids; None for what there is not."""
+    prompt = read_prompt(arguments.adapter or job.source_path(arguments.base))
     if prompt and arguments.chat:
-        raise ValueError(f"generate: chat must go without an adapter that has a template, got {arguments.chat}")
+        raise ValueError(f"generate: chat must be left out where prompt.json names a template, got {arguments.chat}")
     if prompt:
         return chat.from_prompt(prompt)
     if arguments.chat:
         return chat.TEMPLATES[arguments.chat], None
     if arguments.input or arguments.system:
-        raise ValueError(
-            "generate: input and system must go with a prompt template, got no chat and none in an adapter"
-        )
+        raise ValueError("generate: input and system must go with a prompt template, got no --chat and no prompt.json")
     return None, None
 
 
 def end_ids(*ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
     """One id, several or none, as configurations name them."""
-    lists = [list(i) if isinstance(i, list | tuple) else [i] for i in ids if i is not None]
-    return tuple(dict.fromkeys(i for ids in lists for i in ids))
+    lists = (i if isinstance(i, list | tuple) else [i] for i in ids if i is not None)
+    return tuple(dict.fromkeys(chain.from_iterable(lists)))
 
 
 def quantize(arguments) -> None:
     check_out(arguments)
-    model = Llama.from_pretrained(arguments.base, quantize="nf4", quantize_head=arguments.head)
+    knobs = {"quantize_head": arguments.head, "double_quant": arguments.double_quant}
+    model = Llama.from_pretrained(arguments.base, quantize="nf4", **knobs)
     model.save_pretrained(arguments.out)
     copy_tokenizer(arguments.base, arguments.out)
     print(f"{arguments.out}: {folder_size(arguments.out) / 2**20:,.1f} MB")
@@ -117,18 +119,14 @@ def quantize(arguments) -> None:
 def merge(arguments) -> None:
     check_out(arguments)
     arguments.dtype = None
-    model = peft.load(load_base(arguments), arguments.adapter).eval()
+    model = peft.load(load_base(arguments), arguments.adapter)
     tokens = torch.tensor([load_tokenizer(job.source_path(arguments.base)).encode(arguments.text)])
-    with torch.no_grad():
-        before = model(tokens)
-        after = peft.merge(model, to=arguments.to)(tokens)
+    report = peft.merge_report(model, tokens, to=arguments.to)
     model.save_pretrained(arguments.out)
     copy_tokenizer(arguments.base, arguments.out)
-    change = peft.logit_change(before, after)
-    print(
-        f"{arguments.out}: merging changed the logits of {tokens.numel()} tokens by at most {change['max']:.3g}, "
-        f"{change['mean']:.3g} in the mean; the likeliest token stayed the same for {change['same_token']:.1%}"
-    )
+    if (prompt := read_prompt(arguments.adapter)) is not None:
+        write_json(Path(arguments.out) / PROMPT, prompt)
+    print(f"{report}\n{arguments.out}: {folder_size(arguments.out) / 2**20:,.1f} MB")
 
 
 def info(arguments) -> None:
@@ -138,7 +136,8 @@ def info(arguments) -> None:
 
 def load_base(arguments) -> Llama:
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
-    return Llama.from_pretrained(arguments.base, quantize=arguments.quantize, dtype=dtype)
+    knobs = {"quantize": arguments.quantize, "double_quant": arguments.double_quant}
+    return Llama.from_pretrained(arguments.base, dtype=dtype, **knobs)
 
 
 def check_out(arguments) -> None:

@@ -19,10 +19,17 @@ def damaged_bytes(content: bytes):
     n = len(content)
     where = st.integers(0, min(n, 200)) | st.integers(0, n)
     numbers = st.sampled_from(NUMBERS).map(lambda i: (i % 2**64).to_bytes(8, "little"))
-    new = st.binary(max_size=8) | numbers | numbers.map(lambda b: b[:4]) | st.sampled_from((b"\xff" * 8, b"\0" * 8, b"{[" * 4))
+    new = (
+        st.binary(max_size=8)
+        | numbers
+        | numbers.map(lambda b: b[:4])
+        | st.sampled_from((b"\xff" * 8, b"\0" * 8, b"{[" * 4))
+    )
 
     def damage(at, kind, data):
-        tail = {"cut": b"", "write": content[at + len(data) :], "insert": content[at:], "delete": content[at + 8 :]}[kind]
+        tail = {"cut": b"", "write": content[at + len(data) :], "insert": content[at:], "delete": content[at + 8 :]}[
+            kind
+        ]
         return content[:at] + (data if kind in ("write", "insert") else b"") + tail
 
     return st.builds(damage, where, st.sampled_from(("cut", "write", "insert", "delete")), new)

@@ -216,17 +216,20 @@ AS_LINES = "\n".join(map(json.dumps, RECORDS)).encode()
 @pytest.mark.parametrize("template", ["alpaca", "llama2"])
 def test_data(template):
     tokenizer = load_tokenizer(FIXTURES / "tokenizer.model")
-    lines = damaged_value(RECORDS).filter(lambda v: isinstance(v, list)).map(
-        lambda v: "\n".join(map(json.dumps, v)).encode()
+    lines = (
+        damaged_value(RECORDS)
+        .filter(lambda v: isinstance(v, list))
+        .map(lambda v: "\n".join(map(json.dumps, v)).encode())
     )
 
     @fuzz(300)
-    @given(st.sampled_from(("d.json", "d.jsonl")), damaged_json(json.dumps(RECORDS).encode()) | lines | damaged_bytes(AS_LINES))
+    @given(
+        st.sampled_from(("d.json", "d.jsonl")),
+        damaged_json(json.dumps(RECORDS).encode()) | lines | damaged_bytes(AS_LINES),
+    )
     def check(name, content):
         with Copy(FIXTURES / "none", name, content) as folder:
-            attempt(
-                lambda: load_examples(folder / name, tokenizer, max_len=32, template=chat.TEMPLATES[template])
-            )
+            attempt(lambda: load_examples(folder / name, tokenizer, max_len=32, template=chat.TEMPLATES[template]))
 
     check()
 
@@ -271,7 +274,20 @@ def pickled(value) -> bytes:
 def test_checkpoints_of_a_run(run_folder):
     file = max((run_folder / "checkpoints").glob("step-*.pt"))
     state = torch.load(file, weights_only=True)
-    values = (None, 0, -1, 10**9, 1.5, "x", [], {}, {"x": 1}, torch.zeros(3), torch.zeros(0), torch.zeros(2, dtype=torch.uint8))
+    values = (
+        None,
+        0,
+        -1,
+        10**9,
+        1.5,
+        "x",
+        [],
+        {},
+        {"x": 1},
+        torch.zeros(3),
+        torch.zeros(0),
+        torch.zeros(2, dtype=torch.uint8),
+    )
 
     @fuzz(150)
     @given(damaged_value(state, values).map(pickled) | damaged_bytes(file.read_bytes()))
