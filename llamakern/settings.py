@@ -62,7 +62,7 @@ def convert(key: str, value: object, kind: object):
     base = typing.get_origin(kind) or kind
     try:
         return CONVERT[base](value)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise ValueError(f"settings: {key} must be {base.__name__}, got {value!r}") from None
 
 

@@ -1,5 +1,6 @@
 """Hypothesis strategies that damage a file: its bytes, the values and keys of its JSON, the tensors it holds."""
 
+import io
 import json
 import struct
 
@@ -9,28 +10,22 @@ from safetensors.torch import load, save
 
 NUMBERS = (-1, 0, 1, 3, 7, 2**31 - 1, 2**31, 10**9, 10**18, 10**30, -(2**63))
 VALUES = (
-    None, True, False, *NUMBERS, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "1", "\ud800", "../x", "/dev/zero",
-    [], [0], [-1], ["x"], [[]], {}, {"x": 1}, "x" * 5000,
+    None, True, False, *NUMBERS, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "1", "\ud800", "../x",
+    "/dev/zero", [], [0], [-1], ["x"], [[]], {}, {"x": 1}, "x" * 5000,
 )  # fmt: skip
 
 
-def damaged_bytes(content: bytes):
-    """`content` cut short, with bytes changed, put in, or left out; mostly near its start, where headers are."""
+def damaged_bytes(content: bytes, head: int = 200):
+    """`content` cut short, with bytes changed, put in, or left out; half of the time in its first `head` bytes."""
     n = len(content)
-    where = st.integers(0, min(n, 200)) | st.integers(0, n)
+    where = st.integers(0, min(n, head)) | st.integers(0, n)
     numbers = st.sampled_from(NUMBERS).map(lambda i: (i % 2**64).to_bytes(8, "little"))
-    new = (
-        st.binary(max_size=8)
-        | numbers
-        | numbers.map(lambda b: b[:4])
-        | st.sampled_from((b"\xff" * 8, b"\0" * 8, b"{[" * 4))
-    )
+    long = st.sampled_from((b"\xff" * 8, b"\0" * 8, b"{[" * 4))
+    new = st.binary(max_size=8) | numbers | numbers.map(lambda b: b[:4]) | long
 
     def damage(at, kind, data):
-        tail = {"cut": b"", "write": content[at + len(data) :], "insert": content[at:], "delete": content[at + 8 :]}[
-            kind
-        ]
-        return content[:at] + (data if kind in ("write", "insert") else b"") + tail
+        tails = {"cut": b"", "write": data + content[at + len(data) :], "insert": data + content[at:]}
+        return content[:at] + tails.get(kind, content[at + 8 :])
 
     return st.builds(damage, where, st.sampled_from(("cut", "write", "insert", "delete")), new)
 
@@ -84,6 +79,21 @@ def damaged_safetensors(content: bytes):
 
     header = damaged_value(json.loads(content[8 : 8 + n])).map(with_header)
     return header | damaged_bytes(content) | damaged_tensors(load(content)).map(save)
+
+
+def pickled(value) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def damaged_pickle(content: bytes):
+    """A file of torch.save with its bytes, a value of its tree, or one of its tensors damaged."""
+    tree = torch.load(io.BytesIO(content), weights_only=True)
+    flat = all(isinstance(value, torch.Tensor) for value in tree.values())
+    odd = (None, -1, 10**9, "x", [], {}, {"x": 1}, torch.zeros(3), torch.zeros(0), torch.zeros(2).byte())
+    whole = damaged_value(tree, odd).map(pickled) | damaged_bytes(content, head=1000)
+    return whole | damaged_tensors(tree).map(pickled) if flat else whole
 
 
 def damaged_tensors(tensors: dict):

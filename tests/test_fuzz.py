@@ -3,6 +3,7 @@ allocation as large as a header claims, or code run from a pickle."""
 
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import damaged_bytes, damaged_json, damaged_safetensors, damaged_value
+from checkpoints import small, write_gguf, write_meta
+from damage import damaged_bytes, damaged_json, damaged_pickle, damaged_safetensors, damaged_value, pickled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,9 +26,10 @@ from llamakern.train import TrainConfig, Trainer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFUSALS = (ValueError, TypeError, FileNotFoundError, NotImplementedError)
-FORM = re.compile(r"[a-z0-9_]+: .*(must|unknown|asks for)", re.DOTALL)
+FORM = re.compile(r"\w+Error: [a-z0-9_]+: .*(must|unknown|asks for)", re.DOTALL)
 ROOM = 3 * 2**30  # bytes of address space that a load may take
 SECONDS = 20
+LONGER = int(os.environ.get("LLAMAKERN_FUZZ", 1))  # times as many examples
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,28 +44,29 @@ def little_memory():
 
 def fuzz(examples):
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-    return settings(
-        deadline=None, derandomize=True, max_examples=examples, suppress_health_check=checks, database=None, report_multiple_bugs=False,
-    )  # fmt: skip
+    knobs = {"deadline": None, "derandomize": True, "database": None, "report_multiple_bugs": False}
+    return settings(max_examples=examples * LONGER, suppress_health_check=checks, **knobs)
 
 
 def attempt(load, *arguments):
     """What `load` gives, or None if it refuses in the form that messages have."""
-    start = time.perf_counter()
+    start, refusal = time.perf_counter(), None
     try:
         return load(*arguments)
     except REFUSALS as error:
-        assert FORM.match(str(error)), f"{type(error).__name__}: {error}"
+        refusal = f"{type(error).__name__}: {error}"
     finally:
         assert time.perf_counter() - start < SECONDS
+        assert refusal is None or FORM.match(refusal), refusal
 
 
 def damaged_file(path: Path):
     """The content of a file, damaged as its kind suggests."""
     content = path.read_bytes()
-    if path.suffix == ".json":
-        return damaged_json(content)
-    return damaged_safetensors(content) if path.suffix == ".safetensors" else damaged_bytes(content)
+    kinds = {".json": damaged_json, ".safetensors": damaged_safetensors, ".pth": damaged_pickle, ".pt": damaged_pickle}
+    if path.suffix == ".gguf":
+        return damaged_bytes(content, head=3000)
+    return kinds.get(path.suffix, damaged_bytes)(content)
 
 
 def damaged_folder(source: Path):
@@ -91,29 +95,41 @@ class Copy:
 # Models
 
 
-def run_model(path, quantize=None):
+HUGGING_FACE = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
+
+
+@pytest.fixture(scope="module", params=[*HUGGING_FACE, "meta", "meta-2", "gguf", "gguf-q8", "llama2c"])
+def model_folder(request, tmp_path_factory):
+    """A folder with a whole model in each format."""
+    if request.param in HUGGING_FACE:
+        return FIXTURES / request.param
+    name, _, variant = request.param.partition("-")
+    folder = tmp_path_factory.mktemp(request.param)
+    if name == "llama2c":
+        shutil.copy(FIXTURES / "llama2c.bin", folder / "model.bin")
+        return folder
+    model = small(rope_layout="interleaved", n_layers=1, hidden_dim=64, vocab_size=8)
+    if name == "meta":
+        return write_meta(folder, model, int(variant or 1))
+    pytest.importorskip("gguf")
+    write_gguf(folder / "model.gguf", model, {"q8": "Q8_0"}.get(variant, "F32"))
+    return folder
+
+
+def run_model(path, quantize):
     model = Llama.from_pretrained(path, quantize=quantize)
     with torch.no_grad():
         return model(torch.zeros(1, 2, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("folder", sorted(p.name for p in FIXTURES.iterdir() if p.is_dir()))
-def test_model_folders(folder):
+def test_models(model_folder):
+    assert attempt(run_model, model_folder, None) is not None
+
     @fuzz(120)
-    @given(damaged_folder(FIXTURES / folder), st.sampled_from((None, "nf4")))
+    @given(damaged_folder(model_folder), st.sampled_from((None, "nf4")))
     def check(damaged, quantize):
-        with Copy(FIXTURES / folder, *damaged) as path:
+        with Copy(model_folder, *damaged) as path:
             attempt(run_model, path, quantize)
-
-    check()
-
-
-def test_llama2c_models():
-    @fuzz(150)
-    @given(damaged_bytes((FIXTURES / "llama2c.bin").read_bytes()))
-    def check(content):
-        with Copy(FIXTURES / "llama2c.bin", "model.bin", content) as path:
-            attempt(run_model, path)
 
     check()
 
@@ -121,9 +137,12 @@ def test_llama2c_models():
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "head_dim"])
 def test_sizes_that_no_memory_holds(key):
     config = json.loads((FIXTURES / "hf-tied-bf16" / "config.json").read_text()) | {key: 10**9}
-    with Copy(FIXTURES / "hf-tied-bf16", "config.json", json.dumps(config).encode()) as path:
-        with pytest.raises(ValueError, match="checkpoint: "):
-            Llama.from_pretrained(path)
+    content = json.dumps(config).encode()
+    with (
+        Copy(FIXTURES / "hf-tied-bf16", "config.json", content) as path,
+        pytest.raises(ValueError, match="checkpoint: "),
+    ):
+        Llama.from_pretrained(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,32 +284,11 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def pickled(value) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
-
-
 def test_checkpoints_of_a_run(run_folder):
     file = max((run_folder / "checkpoints").glob("step-*.pt"))
-    state = torch.load(file, weights_only=True)
-    values = (
-        None,
-        0,
-        -1,
-        10**9,
-        1.5,
-        "x",
-        [],
-        {},
-        {"x": 1},
-        torch.zeros(3),
-        torch.zeros(0),
-        torch.zeros(2, dtype=torch.uint8),
-    )
 
     @fuzz(150)
-    @given(damaged_value(state, values).map(pickled) | damaged_bytes(file.read_bytes()))
+    @given(damaged_file(file))
     def check(content):
         with Copy(run_folder, f"checkpoints/{file.name}", content) as out:
             trainer = make_trainer(out)
@@ -328,9 +326,9 @@ class Bomb:
 def test_pickles_run_no_code(run_folder, tmp_path):
     trace = tmp_path / "trace"
     file = max((run_folder / "checkpoints").glob("step-*.pt"))
-    with Copy(run_folder, f"checkpoints/{file.name}", pickled({"parameters": Bomb(trace)})) as out:
-        with pytest.raises(ValueError, match="train: checkpoint must be a whole file, got"):
-            make_trainer(out).resume({"step": 0})
+    bomb, message = pickled({"parameters": Bomb(trace)}), "train: checkpoint must be a whole file, got"
+    with Copy(run_folder, f"checkpoints/{file.name}", bomb) as out, pytest.raises(ValueError, match=message):
+        make_trainer(out).resume({"step": 0})
     assert not trace.exists()
     torch.load(io.BytesIO(pickled(Bomb(trace))), weights_only=False)
     assert trace.exists()  # the bomb is live
