@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from llamakern import peft
 from llamakern.config import LlamaConfig
 from llamakern.model import Llama
-from llamakern.nn import LoRALinear, NF4Linear, quantize_
+from llamakern.nn import LoRALinear, quantize_
 from llamakern.peft import LoRAConfig
 
 TINY = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=97)
@@ -155,12 +155,6 @@ def test_adapter_stays_float32_beside_a_bfloat16_base():
             ValueError,
             r"peft: layers and exclude must leave a target, got \(2,\) and 'x'",
         ),
-        (lambda: peft.merge(tiny()), ValueError, "merge: model must carry LoRA"),
-        (
-            lambda: peft.merge(peft.apply(tiny(), LoRAConfig()), to="int8"),
-            ValueError,
-            r"merge: to must be one of \['float32', 'bfloat16', 'nf4'\], got 'int8'",
-        ),
         (lambda: peft.save(tiny(), "/nowhere"), ValueError, "peft: model must carry an active adapter"),
     ],
 )
@@ -254,7 +248,7 @@ def test_saving_never_sweeps_away_what_is_not_an_adapter(saved):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files and merging
+# Files
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
@@ -271,23 +265,6 @@ def test_saved_and_loaded_is_the_same(tmp_path, base):
     assert sorted(load_file(tmp_path / "a" / "adapter_model.safetensors"))[0] == (
         "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
     )
-
-
-@pytest.mark.parametrize("to", [None, "float32", "bfloat16", "nf4"])
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_merging(base, to):
-    model = wake(peft.apply(tiny(base), LoRAConfig(rank=4))).eval()
-    before = model(tokens(2, 9)).detach()
-    merged = peft.merge(model, to=to)
-    after = merged(tokens(2, 9)).detach()
-    kinds = {type(m) for m in merged.modules()}
-    assert LoRALinear not in kinds
-    assert (NF4Linear in kinds) == (to == "nf4")
-    assert not peft.trainable(merged).keys() & {n for n in merged.state_dict() if "lora" in n}
-    change = peft.logit_change(before, after)
-    assert 0 < change["mean"] <= change["max"]
-    assert 0 <= change["same_token"] <= 1
-    assert change["max"] < {None: 1e-4, "float32": 1e-4, "bfloat16": 0.1, "nf4": 2.0}[to]
 
 
 @pytest.mark.parametrize("rslora", [False, True])
