@@ -22,7 +22,7 @@ from llamakern.rotary import frequencies, interleaved_to_half
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 FLOAT, STRING, ARRAY = 6, 8, 9
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CHUNK = 1 << 22  # numbers decoded at a time
+CHUNK = 1 << 18  # numbers decoded at a time
 OUTER = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 INNER = {
     "attn_norm": "input_layernorm",

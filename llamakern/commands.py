@@ -2,13 +2,13 @@
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import torch
 
+from llamakern import chat, distributed, generation, peft, runs, settings
 from llamakern import finetune as job
-from llamakern import generation, peft, runs, settings
-from llamakern.data import PromptTemplate
 from llamakern.files import folder_size, write_json
 from llamakern.model import Llama
 from llamakern.peft.files import PROMPT, read_prompt
@@ -19,6 +19,8 @@ SAMPLE = (
     "Once upon a time there was a small house at the edge of a forest. Every morning the woman who lived there opened "
     "the window, looked at the sky and said what the weather would be. She was seldom wrong."
 )
+
+FINETUNE_FLAGS = ("dry_run", "reproduce", "print_settings")  # beside the settings
 
 
 def demo(arguments) -> None:
@@ -32,12 +34,14 @@ def finetune(arguments) -> None:
     if arguments.reproduce:
         if words:
             raise ValueError(f"finetune: reproduce must stand alone, got {words[0]}")
-        print(f"the adapter is the same: {job.reproduce(arguments.reproduce)['hashes']['adapter']}")
+        same = job.reproduce(arguments.reproduce)["hashes"]["adapter"]
+        if distributed.is_main():
+            print(f"the adapter is the same: {same}")
         return
     names = settings.names(job.FinetuneConfig)
     for flag in arguments.rest:
         if flag.startswith("--"):
-            settings.known(flag[2:].partition("=")[0].replace("-", "_"), names)
+            settings.known(flag[2:].partition("=")[0].replace("-", "_"), [*names, *FINETUNE_FLAGS])
     file = words.pop(0) if words and "=" not in words[0] else None
     flags = [f"{name}={getattr(arguments, name)}" for name in names if hasattr(arguments, name)]
     config = settings.build(job.FinetuneConfig, file, words + flags)
@@ -47,26 +51,30 @@ def finetune(arguments) -> None:
     elif arguments.dry_run:
         job.dry_run(config)
     else:
-        print(json.dumps(job.finetune(config)["result"], indent=2))
-        print(f"adapter: {Path(config.out) / 'adapter'}")
+        result = job.finetune(config)["result"]
+        if distributed.is_main():
+            print(json.dumps(result, indent=2))
+            print(f"adapter: {Path(config.out) / 'adapter'}")
 
 
 def generate(arguments) -> None:
-    prompt = read_prompt(arguments.adapter or job.source_path(arguments.base))
-    if arguments.input and not prompt:
-        raise ValueError("generate: input must go with an adapter that has a prompt template, got none")
-    tokenizer = load_tokenizer(job.source_path(arguments.tokenizer or arguments.base))
-    model, text = load_base(arguments), arguments.prompt
-    ends, stop = end_ids(tokenizer.eos_id, model.config.eos_id), arguments.stop or ()
+    template, ends = prompt_template(arguments)
+    tokenizer = job.find_tokenizer(arguments.tokenizer, arguments.base)
+    if template:
+        segments = template.question(arguments.prompt, arguments.input, arguments.system)
+        tokens, _ = chat.encode(segments, tokenizer)
+    else:
+        tokens = tokenizer.encode(arguments.prompt)
+    model, stop = load_base(arguments), arguments.stop or ()
+    if ends is None:
+        own = chat.end_ids(template, tokenizer) if template else tokenizer.eos_id
+        ends = end_ids(own, model.config.eos_id)
     if arguments.adapter:
         peft.load(model, arguments.adapter)
-    if prompt:
-        text = PromptTemplate(**prompt["template"]).prompt(arguments.prompt, arguments.input)
-        ends = end_ids(prompt["end_token"])
     stream = TextStream(tokenizer, ends=ends, stop=stop, write=lambda text: print(text, end="", flush=True))
     generation.generate(
         model,
-        torch.tensor([tokenizer.encode(text)]),
+        torch.tensor([tokens]),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -83,10 +91,26 @@ def generate(arguments) -> None:
     print()
 
 
+def prompt_template(arguments) -> tuple[chat.Template | None, tuple[int, ...] | None]:
+    """The template of --chat, or of the adapter or merged model, and the end ids stored with it."""
+    prompt = read_prompt(arguments.adapter or job.source_path(arguments.base))
+    if prompt and arguments.chat:
+        raise ValueError(f"generate: chat must go without a template of the model's own, got {arguments.chat}")
+    if prompt:
+        return chat.from_prompt(prompt)
+    if arguments.chat:
+        return chat.TEMPLATES[arguments.chat], None
+    if arguments.input or arguments.system:
+        raise ValueError(
+            "generate: input and system must go with a prompt template, got no chat and none in an adapter"
+        )
+    return None, None
+
+
 def end_ids(*ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
     """One id, several or none, as configurations name them."""
-    lists = [list(i) if isinstance(i, list | tuple) else [i] for i in ids if i is not None]
-    return tuple(dict.fromkeys(sum(lists, [])))
+    lists = (i if isinstance(i, list | tuple) else [i] for i in ids if i is not None)
+    return tuple(dict.fromkeys(chain.from_iterable(lists)))
 
 
 def quantize(arguments) -> None:

@@ -5,65 +5,20 @@ import sys
 
 import pytest
 import torch
-from checkpoints import SMALL, assert_same_model, small
+from checkpoints import assert_same_model, small, write_gguf
 from compare import assert_same_bits
 
 from llamakern.checkpoint import from_pretrained
 from llamakern.config import RopeScaling
 from llamakern.nn import quantize_
-from llamakern.rotary import frequencies
 
 gguf = pytest.importorskip("gguf")
 
 TOKENS = torch.tensor([[1, 5, 9, 2, 15, 30, 36, 0], [3, 3, 3, 4, 4, 4, 5, 5]])
-NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SMALL.n_layers)
-KINDS = gguf.GGMLQuantizationType
 
 
 def model(**change):
     return small(rope_layout="interleaved", hidden_dim=96, **change)
-
-
-def key_of(name):
-    return NAMES.get_name(name if name.startswith("lm_head") else f"model.{name}", try_suffixes=(".weight",))
-
-
-def write_gguf(path, model, kind=KINDS.F32, *, metadata=None, tensors=None):
-    """The matrices as `kind`, the norms as F32, as llama.cpp's converter writes them."""
-    c = model.config
-    assert c.rope_layout == "interleaved"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(c.n_layers)
-    writer.add_context_length(c.max_seq_len)
-    writer.add_embedding_length(c.dim)
-    writer.add_feed_forward_length(c.hidden_dim)
-    writer.add_head_count(c.n_heads)
-    writer.add_head_count_kv(c.n_kv_heads)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_freq_base(c.rope_theta)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_key_length(c.head_dim)
-    writer.add_token_list([str(i) for i in range(c.vocab_size)])
-    writer.add_token_scores([0.5] * c.vocab_size)
-    writer.add_eos_token_id(7)
-    for key, value in (metadata or {}).items():
-        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    for name, p in model.named_parameters():
-        data = p.detach().numpy()
-        if data.ndim == 2:
-            writer.add_tensor(key_of(name), gguf.quants.quantize(data, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(key_of(name), data)
-    if c.rope_scaling:
-        divisors = frequencies(c.replace(rope_scaling=None)) / frequencies(c)
-        writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
-    for key, value in (tensors or {}).items():
-        writer.add_tensor(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def decoded(model, kind):
@@ -79,16 +34,15 @@ def decoded(model, kind):
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
 def test_every_number_is_there(tmp_path, kind, tied):
     want = model(tie_embeddings=tied)
-    kind = KINDS[kind]
     path = write_gguf(tmp_path / "m.gguf", want, kind)
-    want = decoded(want, kind)
+    want = decoded(want, gguf.GGMLQuantizationType[kind])
     loaded = from_pretrained(path, dtype=torch.float32)
     assert loaded.config == want.config.replace(rope_layout="half", eos_id=7)
     for name, p in loaded.named_parameters():
         if "q_proj" not in name and "k_proj" not in name:
             assert_same_bits(p.detach(), want.get_parameter(name).detach(), name)
     torch.testing.assert_close(loaded(TOKENS), want(TOKENS), rtol=0, atol=1e-6)
-    stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
+    stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
     assert {p.dtype for p in from_pretrained(tmp_path).parameters()} == {stored}
 
 
@@ -103,12 +57,12 @@ def test_scaled_frequencies(tmp_path):
 
 
 def test_quantise_while_loading(tmp_path):
-    write_gguf(tmp_path / "m.gguf", model(), KINDS.Q8_0)
+    write_gguf(tmp_path / "m.gguf", model(), "Q8_0")
     assert_same_model(from_pretrained(tmp_path, quantize="nf4"), quantize_(from_pretrained(tmp_path)))
 
 
 def test_rows_are_decoded_some_at_a_time(tmp_path, monkeypatch):
-    write_gguf(tmp_path / "m.gguf", model(), KINDS.Q4_0)
+    write_gguf(tmp_path / "m.gguf", model(), "Q4_0")
     whole = from_pretrained(tmp_path)
     monkeypatch.setattr("llamakern.checkpoint_gguf.CHUNK", 7 * 64)
     assert_same_model(from_pretrained(tmp_path), whole)
@@ -116,7 +70,7 @@ def test_rows_are_decoded_some_at_a_time(tmp_path, monkeypatch):
 
 def test_transformers_reads_the_same_numbers(tmp_path):
     transformers = pytest.importorskip("transformers")
-    write_gguf(tmp_path / "m.gguf", model(), KINDS.Q4_0)
+    write_gguf(tmp_path / "m.gguf", model(), "Q4_0")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(from_pretrained(tmp_path)(TOKENS), theirs(TOKENS).logits, rtol=0, atol=1e-5)

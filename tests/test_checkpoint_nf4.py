@@ -1,20 +1,15 @@
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL, assert_same_model, edit_config, edit_tensors, small
+from checkpoints import assert_same_model, edit_config, edit_tensors, small
 from compare import assert_same_bits
 from safetensors.torch import load_file
 from torch import nn
 
 from llamakern.checkpoint import from_pretrained
-from llamakern.checkpoint_save import save_pretrained
 from llamakern.cli import main
-from llamakern.model import Llama
 from llamakern.nn import NF4Linear, quantize_
 from llamakern.ops.nf4 import dynamic_map
 
@@ -119,33 +114,6 @@ def test_a_packed_embedding_is_refused(tmp_path):
     edit_tensors(tmp_path, move)
     with pytest.raises(ValueError, match=r"checkpoint: embed_tokens.weight must be dense, got a packed NF4 weight"):
         from_pretrained(tmp_path)
-
-
-PEAK = """
-from llamakern.model import Llama
-from llamakern.runs import peak_memory_mb
-Llama.from_pretrained({start!r}, quantize="nf4")
-before = peak_memory_mb()
-Llama.from_pretrained({path!r}, quantize="nf4")
-print(peak_memory_mb() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child's peak counts its parent's")
-def test_peak_memory_of_quantising_while_loading(tmp_path):
-    """98 MiB of dense blocks become 14 MiB; beside them stand the embedding and one tensor at a time."""
-    config = SMALL.replace(dim=1024, n_layers=8, n_heads=16, n_kv_heads=16, hidden_dim=2816 // 4, vocab_size=64)
-    model = Llama(config.replace(n_layers=1))
-    model.save_pretrained(tmp_path / "start")
-    model = Llama(config)
-    dense = sum(p.nbytes for p in model.layers.parameters())
-    largest = max(p.nbytes for p in model.layers.parameters())
-    save_pretrained(model, tmp_path / "model", max_shard_bytes=dense // 3)
-    code = PEAK.format(start=str(tmp_path / "start"), path=str(tmp_path / "model"))
-    # glibc gives large blocks pages of their own, and gives them back; here "large" must begin below these few MiB.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
-    assert 0 < float(out) * 2**20 < 0.15 * dense + 4 * largest + 8 * 2**20
 
 
 @pytest.fixture
