@@ -1,6 +1,7 @@
 """Modules over the ops: RMSNorm, a linear whose weight stays in 4 bits, and LoRA around a linear."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +158,7 @@ class LoRALinear(nn.Module):
     dora=True (arXiv 2402.09353, eq. 5) trains the length of each row: c = m / n, else c = 1. n (N,) are the norms of
     the rows of W + s·B A, a constant in the backward (section 4.3 there); magnitude m (N,) starts as those of W.
     With dropout, x̃ = drop(x), DoRA is PEFT's   y = x Wᵀ + (c - 1) ⊙ x̃ Wᵀ + c ⊙ s·x̃ Aᵀ Bᵀ + bias.
+    n costs one more pass over W in each call, so merge DoRA before generating much.
 
     In training each call draws its dropout seed from torch's generator; `torch.utils.checkpoint` restores that
     generator when it computes a block again, so the mask is the same. Beside parameters the backward keeps
@@ -198,7 +200,7 @@ class LoRALinear(nn.Module):
 
         n² = ‖W‖² + s·B (2·W Aᵀ + s·B A Aᵀ), row by row: the first term is kept, the others cost one pass over W.
         """
-        with torch.autocast(self.lora_a.device.type, enabled=False):
+        with without_autocast(self.lora_a.device):
             a, b = self.lora_a.float(), self.scale * self.lora_b.float()
             if isinstance(self.base, NF4Linear):
                 wa = ops.nf4_linear(a, self.base.weight, self.base.absmax, **self.base.packed).mT
@@ -253,6 +255,10 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         kind = ", dora=True" if self.magnitude is not None else ", bias=True" if self.lora_bias is not None else ""
         return f"rank={self.lora_a.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}{kind}"
+
+
+def without_autocast(device: torch.device):
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)  # which knows no meta
 
 
 def lengths(squares: Tensor) -> Tensor:
