@@ -143,6 +143,7 @@ def quantize_(module: nn.Module, *, block_size=64, double_quant=False, skip=("lm
         for name, child in parent.named_children():
             if type(child) is nn.Linear and name not in skip:
                 setattr(parent, name, NF4Linear.from_linear(child, block_size=block_size, double_quant=double_quant))
+    module.is_loaded_in_4bit = True  # what transformers' Trainer and PEFT's preparations look for
     return module
 
 
