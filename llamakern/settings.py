@@ -23,8 +23,13 @@ def build(kind: type, file: str | Path | None, words: Iterable[str]):
         if not equals:
             raise ValueError(f"settings: an argument must be key=value, got {word!r}")
         values[key.strip().replace("-", "_")] = value
+    return make(kind, values)
+
+
+def make(kind: type, values: Mapping[str, object]):
+    """A `kind` from its defaults and values as YAML or JSON give them."""
     types_ = typing.get_type_hints(kind)
-    return kind(**{key: convert(key, value, types_[known(key, types_)]) for key, value in values.items()})
+    return kind(**{key: convert(key, value, types_[known(str(key), types_)]) for key, value in values.items()})
 
 
 def read_yaml(file: str | Path) -> dict:
