@@ -83,7 +83,7 @@ def fsdp2(folder: Path) -> None:
     adapter = get_model_state_dict(plain, options=ADAPTER)
     assert adapter.keys() == (trainable(model).keys() if world[0] == 0 else set())
     for name, tensor in adapter.items():
-        torch.testing.assert_close(tensor, trainable(model)[name].detach(), **NEAR, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(tensor, trainable(model)[name].detach(), **NEAR)
 
     def variant(model):
         return losses(model, adamw(model), range(4), *world)
@@ -97,10 +97,22 @@ def fsdp2(folder: Path) -> None:
             layer.compile(backend="aot_eager", fullgraph=True)
         return model
 
+    def stored(model):
+        for module in model.modules():
+            if isinstance(module, NF4Linear):
+                module.store_(torch.bfloat16)
+        return model
+
     assert variant(sharded(recompute)) == got
     assert variant(sharded(compiled)) == pytest.approx(got, rel=1e-6)
     twice = qlora(double_quant=True)
     assert variant(sharded(model=qlora(double_quant=True))) == pytest.approx(losses(twice, adamw(twice)), rel=1e-5)
+
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    with pytest.raises(TypeError, match="nf4_linear: absmax must be kept as float32, got bfloat16"):
+        variant(sharded(mp_policy=policy))
+    assert variant(sharded(stored)) == got
+    assert variant(sharded(stored, mp_policy=policy)) == pytest.approx(wanted, rel=2e-2)
 
     full = qlora().state_dict()
     with torch.device("meta"):

@@ -4,8 +4,8 @@
     row-wise      the columns of W do, and those of x           y = Σ xᵢ Wᵢᵀ              dx = [dy W₁ | dy W₂]
 
 Importing this module registers how the ops shard (`register_sharding`). The raw ops are told N and K, which differ by
-process; so on DTensors each becomes a twin in `llamakern_sharded` that takes them from the part of W at hand. A block of
-W and its absmax always lie together.
+process; so on DTensors each becomes a twin in `llamakern_sharded` that takes them from the part of W at hand. A block
+of W and its absmax always lie together.
 """
 
 import torch
