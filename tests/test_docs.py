@@ -1,6 +1,6 @@
 """What README and docs show is run as it stands there, on tiny models in place of the paths that they name.
 
-Python blocks of a page run in order in one namespace; every `llamakern` line of a shell block runs after them. A comment
+Python blocks of a page run in order in one namespace; after them every `llamakern` line of its shell blocks. A comment
 `<!-- needs: package, package -->` before a block names what it takes beside this package.
 """
 
