@@ -6,11 +6,12 @@ import difflib
 import sys
 
 from llamakern import commands
+from llamakern.chat import TEMPLATES
 from llamakern.finetune import DTYPES, FinetuneConfig
 from llamakern.gate import GateError
-from llamakern.peft.merge import FORMS
+from llamakern.peft.merge import FORMS, SHORT
 
-MISTAKES = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, GateError)
+MISTAKES = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, GateError, ImportError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,10 +72,13 @@ def finetune(p: argparse.ArgumentParser) -> None:
 def generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("base", help="folder of the model")
     p.add_argument("--adapter", help="folder of an adapter; its prompt template is applied")
-    p.add_argument("--prompt", required=True, help="the text, or with an adapter the instruction")
-    p.add_argument("--input", default="", help="with an adapter, the instruction's input")
+    p.add_argument("--chat", choices=TEMPLATES, help="prompt template, for a model that was trained with it")
+    p.add_argument("--prompt", required=True, help="the text, or with a template the instruction")
+    p.add_argument("--input", default="", help="with a template, the instruction's input")
+    p.add_argument("--system", help="with a template, the system's turn")
     p.add_argument("--tokenizer", help="file or folder; by default the base's")
     p.add_argument("--quantize", choices=["nf4"], help="quantise the base while loading")
+    p.add_argument("--double-quant", action="store_true", help="with --quantize, quantise the scales too")
     p.add_argument("--dtype", choices=DTYPES, help="of the dense weights; by default as stored")
     p.add_argument("--max-new-tokens", type=int, default=200, help="(%(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
@@ -90,6 +94,7 @@ def quantize(p: argparse.ArgumentParser) -> None:
     p.add_argument("base", help="folder of the model")
     p.add_argument("out", help="folder to write")
     p.add_argument("--head", action="store_true", help="quantise lm_head too")
+    p.add_argument("--double-quant", action="store_true", help="quantise the scales too: 4.13 bits a weight, not 4.5")
 
 
 def merge(p: argparse.ArgumentParser) -> None:
@@ -97,7 +102,8 @@ def merge(p: argparse.ArgumentParser) -> None:
     p.add_argument("adapter", help="folder of the adapter")
     p.add_argument("out", help="folder to write")
     p.add_argument("--quantize", choices=["nf4"], help="the base is quantised while loading, as it was for qlora")
-    p.add_argument("--to", choices=FORMS, help="form of the result; by default dense")
+    p.add_argument("--double-quant", action="store_true", help="with --quantize, the scales too, as it was for qlora")
+    p.add_argument("--to", choices=[*FORMS, *SHORT], help="form of the result; by default dense")
     p.add_argument("--text", default=commands.SAMPLE, help="sample on which the change of the logits is measured")
 
 
@@ -114,8 +120,9 @@ VERBS = {
         finetune,
     ),
     "generate": (
-        "Continue a text, or answer an instruction with an adapter.",
-        'llamakern generate path/to/llama --adapter runs/finetune/adapter --prompt "Name three fruits."',
+        "Continue a text, or answer an instruction with an adapter or a chat model.",
+        'llamakern generate path/to/llama --adapter runs/finetune/adapter --prompt "Name three fruits."\n'
+        '  llamakern generate path/to/llama-instruct --chat llama3 --prompt "Name three fruits."',
         generate,
     ),
     "quantize": ("Write a model's linears as NF4.", "llamakern quantize path/to/llama llama-nf4", quantize),

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
+from llamakern import chat, distributed, generation, peft, runs, settings
 from llamakern import finetune as job
-from llamakern import generation, peft, runs, settings
-from llamakern.data import PromptTemplate
-from llamakern.files import folder_size
+from llamakern.files import folder_size, write_json
 from llamakern.model import Llama
-from llamakern.peft.files import read_prompt
+from llamakern.peft.files import PROMPT, read_prompt
 from llamakern.stream import TextStream
 from llamakern.tokenizer import PATTERNS, load_tokenizer
 
@@ -35,7 +34,9 @@ def finetune(arguments) -> None:
     if arguments.reproduce:
         if words:
             raise ValueError(f"finetune: reproduce must stand alone, got {words[0]}")
-        print(f"the adapter is the same: {job.reproduce(arguments.reproduce)['hashes']['adapter']}")
+        same = job.reproduce(arguments.reproduce)["hashes"]["adapter"]
+        if distributed.is_main():
+            print(f"the adapter is the same: {same}")
         return
     names = settings.names(job.FinetuneConfig)
     for flag in arguments.rest:
@@ -50,26 +51,30 @@ def finetune(arguments) -> None:
     elif arguments.dry_run:
         job.dry_run(config)
     else:
-        print(json.dumps(job.finetune(config)["result"], indent=2))
-        print(f"adapter: {Path(config.out) / 'adapter'}")
+        result = job.finetune(config)["result"]
+        if distributed.is_main():
+            print(json.dumps(result, indent=2))
+            print(f"adapter: {Path(config.out) / 'adapter'}")
 
 
 def generate(arguments) -> None:
-    prompt = read_prompt(arguments.adapter) if arguments.adapter else None
-    if arguments.input and not prompt:
-        raise ValueError("generate: input must go with an adapter that has a prompt template, got none")
+    template, ends = prompt_template(arguments)
     tokenizer = job.find_tokenizer(arguments.tokenizer, arguments.base)
-    model, text = load_base(arguments), arguments.prompt
-    ends, stop = end_ids(tokenizer.eos_id, model.config.eos_id), arguments.stop or ()
+    if template:
+        segments = template.question(arguments.prompt, arguments.input, arguments.system)
+        tokens, _ = chat.encode(segments, tokenizer)
+    else:
+        tokens = tokenizer.encode(arguments.prompt)
+    model, stop = load_base(arguments), arguments.stop or ()
+    if ends is None:
+        own = chat.end_ids(template, tokenizer) if template else tokenizer.eos_id
+        ends = end_ids(own, model.config.eos_id)
     if arguments.adapter:
         peft.load(model, arguments.adapter)
-    if prompt:
-        text = PromptTemplate(**prompt["template"]).prompt(arguments.prompt, arguments.input)
-        ends = end_ids(prompt["end_token"])
     stream = TextStream(tokenizer, ends=ends, stop=stop, write=lambda text: print(text, end="", flush=True))
     generation.generate(
         model,
-        torch.tensor([tokenizer.encode(text)]),
+        torch.tensor([tokens]),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -86,6 +91,22 @@ def generate(arguments) -> None:
     print()
 
 
+def prompt_template(arguments) -> tuple[chat.Template | None, tuple[int, ...] | None]:
+    """The template of --chat, or of the adapter or merged model, and the end ids stored with it."""
+    prompt = read_prompt(arguments.adapter or job.source_path(arguments.base))
+    if prompt and arguments.chat:
+        raise ValueError(f"generate: chat must go without a template of the model's own, got {arguments.chat}")
+    if prompt:
+        return chat.from_prompt(prompt)
+    if arguments.chat:
+        return chat.TEMPLATES[arguments.chat], None
+    if arguments.input or arguments.system:
+        raise ValueError(
+            "generate: input and system must go with a prompt template, got no chat and none in an adapter"
+        )
+    return None, None
+
+
 def end_ids(*ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
     """One id, several or none, as configurations name them."""
     lists = (i if isinstance(i, list | tuple) else [i] for i in ids if i is not None)
@@ -94,7 +115,8 @@ def end_ids(*ids: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
 
 def quantize(arguments) -> None:
     check_out(arguments)
-    model = Llama.from_pretrained(arguments.base, quantize="nf4", quantize_head=arguments.head)
+    knobs = {"quantize_head": arguments.head, "double_quant": arguments.double_quant}
+    model = Llama.from_pretrained(arguments.base, quantize="nf4", **knobs)
     model.save_pretrained(arguments.out)
     copy_tokenizer(arguments.base, arguments.out)
     print(f"{arguments.out}: {folder_size(arguments.out) / 2**20:,.1f} MB")
@@ -103,18 +125,14 @@ def quantize(arguments) -> None:
 def merge(arguments) -> None:
     check_out(arguments)
     arguments.dtype = None
-    model = peft.load(load_base(arguments), arguments.adapter).eval()
+    model = peft.load(load_base(arguments), arguments.adapter)
     tokens = torch.tensor([load_tokenizer(job.source_path(arguments.base)).encode(arguments.text)])
-    with torch.no_grad():
-        before = model(tokens)
-        after = peft.merge(model, to=arguments.to)(tokens)
+    report = peft.merge_report(model, tokens, to=arguments.to)
     model.save_pretrained(arguments.out)
     copy_tokenizer(arguments.base, arguments.out)
-    change = peft.logit_change(before, after)
-    print(
-        f"{arguments.out}: merging changed the logits of {tokens.numel()} tokens by at most {change['max']:.3g}, "
-        f"{change['mean']:.3g} in the mean; the likeliest token stayed the same for {change['same_token']:.1%}"
-    )
+    if (prompt := read_prompt(arguments.adapter)) is not None:
+        write_json(Path(arguments.out) / PROMPT, prompt)
+    print(f"{report}\n{arguments.out}: {folder_size(arguments.out) / 2**20:,.1f} MB")
 
 
 def info(arguments) -> None:
@@ -124,7 +142,8 @@ def info(arguments) -> None:
 
 def load_base(arguments) -> Llama:
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
-    return Llama.from_pretrained(arguments.base, quantize=arguments.quantize, dtype=dtype)
+    knobs = {"quantize": arguments.quantize, "double_quant": arguments.double_quant}
+    return Llama.from_pretrained(arguments.base, dtype=dtype, **knobs)
 
 
 def check_out(arguments) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from llamakern import peft
+from llamakern.chat import PLAIN, to_prompt
 from llamakern.config import LlamaConfig
-from llamakern.data import PLAIN, Example, load_examples
+from llamakern.data import Example, load_examples
 from llamakern.demo_text import Documented, library, manual
 from llamakern.estimate import seconds_per_step
 from llamakern.files import folder_size, write_json
@@ -203,7 +204,7 @@ def finetune(name, method: Method, tasks, tokenizer: Tokenizer, out: Path, secon
     steps = steps_within(seconds, Trainer(llama, train, TrainConfig(**settings), **knobs))
     settings = TrainConfig(**settings, steps=steps, save_every=steps, eval_every=max(1, steps // 5), keep_last=1)
     result = Trainer(llama, train, settings, held_out=held_out, out=out / name, **knobs).train()
-    prompt = {"template": PLAIN.to_dict(), "end_token": tokenizer.eos_id}
+    prompt = to_prompt(PLAIN, tokenizer)
     peft.save(llama, out / name / "adapter", base=str(out / "base"), prompt=prompt)
     return result, llama
 

@@ -1,6 +1,7 @@
 """The fine-tuning job: from settings to an adapter on disk, or with `dry_run` to a report of what would happen."""
 
 import dataclasses
+import itertools
 import json
 import shlex
 import shutil
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 
 from llamakern import peft, settings
-from llamakern.data import PLAIN, Example, PromptTemplate, check_examples, drop_masked, load_examples, split
+from llamakern.chat import TEMPLATES, to_prompt
+from llamakern.data import Example, check_examples, drop_masked, load_examples, split
 from llamakern.estimate import estimate
 from llamakern.files import sha256, write_json
 from llamakern.model import Llama
@@ -20,7 +22,6 @@ from llamakern.runs import environment, now
 from llamakern.tokenizer import Tokenizer, load_tokenizer
 from llamakern.train import FREE_TO_CHANGE, TrainConfig, Trainer
 
-TEMPLATES = {"alpaca": PromptTemplate(), "plain": PLAIN}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -34,7 +35,7 @@ class FinetuneConfig(TrainConfig):
     method: str = "lora"  # lora, qlora
     tokenizer: str | None = None  # file or folder; by default the base's
     fields: dict[str, str] = field(default_factory=dict)  # our name: the file's
-    template: str = "alpaca"  # alpaca, plain
+    template: str = "alpaca"  # alpaca, plain, llama2, llama3, llama3.1, llama4
     eval_fraction: float = 0.05  # of the records, held out
     drop_masked: bool = False  # leave out examples whose answer lies wholly beyond max_len
     dtype: str | None = None  # of the dense weights: float32, bfloat16, float16; by default as stored
@@ -43,6 +44,8 @@ class FinetuneConfig(TrainConfig):
     dropout: float = 0.05
     targets: tuple[str, ...] = ALL_LINEARS
     rslora: bool = False
+    dora: bool = False
+    double_quant: bool = False  # of qlora's base: its scales in 8 bits
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,10 +57,12 @@ class FinetuneConfig(TrainConfig):
                 raise ValueError(f"finetune: {name} must be one of {list(choices)}, got {getattr(self, name)!r}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"finetune: dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
+        if self.double_quant and self.method != "qlora":
+            raise ValueError(f"finetune: method must be qlora with double_quant, got {self.method!r}")
         self.peft_config()
 
     def peft_config(self) -> peft.LoRAConfig:
-        return peft.LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.rslora)
+        return peft.LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.rslora, self.dora)
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
@@ -66,6 +71,7 @@ class FinetuneConfig(TrainConfig):
 def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
     """Train an adapter into config.out/adapter; continue the run that stands there. Returns the figures of run.json.
 
+    Under torchrun every process calls it, and process 0 writes.
     ValueError if the folder holds a run with other settings, base or data; it stays as it is.
     """
     out = Path(config.out)
@@ -81,13 +87,16 @@ def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
     }
     run["started"] = check_same_run(out, run) or run["started"]
     trainer = prepare(config, tokenizer, records, out=out, quiet=quiet)
-    write_json(out / "run.json", run)
+    if trainer.world.is_main:
+        write_json(out / "run.json", run)
     run["result"] = trainer.train()
-    prompt = {"template": TEMPLATES[config.template].to_dict(), "end_token": tokenizer.eos_id}
+    prompt = to_prompt(TEMPLATES[config.template], tokenizer)
     peft.save(trainer.model, out / "adapter", base=config.base, prompt=prompt)
-    run["hashes"]["adapter"] = sha256(out / "adapter" / "adapter_model.safetensors")
+    weights = out / "adapter" / "adapter_model.safetensors"
+    run["hashes"]["adapter"] = trainer.world.from_main(lambda: sha256(weights))
     run["ended"] = now()
-    write_json(out / "run.json", run)
+    if trainer.world.is_main:
+        write_json(out / "run.json", run)
     return run
 
 
@@ -157,8 +166,8 @@ def prepare(config: FinetuneConfig, tokenizer: Tokenizer, records: list, *, out:
     records = drop_masked(records) if config.drop_masked else records
     train, held_out = split(records, config.eval_fraction, config.seed)
     check_examples(train + held_out)
-    quantize = "nf4" if config.method == "qlora" else None
-    model = Llama.from_pretrained(config.base, quantize=quantize, dtype=config.dtype and getattr(torch, config.dtype))
+    knobs = {"quantize": "nf4" if config.method == "qlora" else None, "double_quant": config.double_quant}
+    model = Llama.from_pretrained(config.base, dtype=config.dtype and getattr(torch, config.dtype), **knobs)
     largest, vocab_size = max((max(e.tokens) for e in train + held_out), default=0), model.config.vocab_size
     if largest >= vocab_size:
         raise ValueError(f"finetune: tokenizer must give ids below the model's {vocab_size}, got {largest}")
@@ -222,16 +231,16 @@ def dry_run(config: FinetuneConfig) -> None:
 
 def marked(example: Example, tokenizer: Tokenizer) -> str:
     """The example's text with its trained stretches in [[ ]] and its marks by name."""
-    marks = {tokenizer.bos_id: "<begin>", tokenizer.eos_id: "<end>"}
-    stretches, start = [], 0
-    for i in range(1, len(example.tokens) + 1):
-        if i == len(example.tokens) or example.trained[i] != example.trained[start]:
-            ids = example.tokens[start:i]
-            head, tail = ids[0] in marks, ids[-1] in marks and len(ids) > 1
-            text = marks.get(ids[0], "") + tokenizer.decode(ids[head : len(ids) - tail])
-            text += marks[ids[-1]] if tail else ""
-            stretches.append(f"[[{text}]]" if example.trained[start] else text)
-            start = i
+    names = {i: name for name, i in tokenizer.marks.items()}
+    names |= {tokenizer.bos_id: "<begin>", tokenizer.eos_id: "<end>"}
+    pieces = zip(example.tokens, example.trained, strict=True)
+    stretches = []
+    for trained, stretch in itertools.groupby(pieces, key=lambda piece: piece[1]):
+        runs = itertools.groupby((i for i, _ in stretch), key=lambda i: i if i in names else None)
+        text = "".join(
+            tokenizer.decode(list(run)) if mark is None else names[mark] * len(list(run)) for mark, run in runs
+        )
+        stretches.append(f"[[{text}]]" if trained else text)
     return "".join(stretches)
 
 

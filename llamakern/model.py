@@ -172,15 +172,25 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     @classmethod
-    def from_pretrained(cls, path, *, quantize: str | None = None, quantize_head: bool = False, dtype=None) -> "Llama":
+    def from_pretrained(
+        cls,
+        path,
+        *,
+        quantize: str | None = None,
+        quantize_head: bool = False,
+        double_quant: bool = False,
+        dtype=None,
+    ) -> "Llama":
         """Loads a checkpoint: see `llamakern.checkpoint.from_pretrained`."""
         from llamakern.checkpoint import from_pretrained
 
-        return from_pretrained(path, quantize=quantize, quantize_head=quantize_head, dtype=dtype)
+        return from_pretrained(
+            path, quantize=quantize, quantize_head=quantize_head, double_quant=double_quant, dtype=dtype
+        )
 
     def save_pretrained(self, path) -> None:
-        """Writes a Hugging Face folder: see `llamakern.checkpoint.save_pretrained`."""
-        from llamakern.checkpoint import save_pretrained
+        """Writes a Hugging Face folder: see `llamakern.checkpoint_save.save_pretrained`."""
+        from llamakern.checkpoint_save import save_pretrained
 
         save_pretrained(self, path)
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from checkpoints import SMALL, assert_same_model, edit_config, edit_tensors, sma
 from safetensors.torch import load_file
 from torch import nn
 
-from llamakern.checkpoint import from_pretrained, save_pretrained
+from llamakern.checkpoint import from_pretrained
+from llamakern.checkpoint_save import save_pretrained
 from llamakern.config import RopeScaling
 from llamakern.model import Llama
 from llamakern.nn import quantize_
@@ -149,7 +151,11 @@ def test_truncated_safetensors(tmp_path, size):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold config.json or one llama2.c .bin, got neither"):
+    with pytest.raises(FileNotFoundError, match=r"a Hugging Face folder \(config.json .*, got .* an empty folder"):
+        from_pretrained(tmp_path)
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=r"a Meta folder .* or a llama2.c .bin, got .* with a.bin, b.bin"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json must be JSON, got"):
@@ -167,7 +173,7 @@ def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match=r"quant_method of .* must be 'bitsandbytes', got 'gptq'"):
         from_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"path must be a folder or a llama2.c .bin file, got .*notes.txt"):
+    with pytest.raises(ValueError, match=r"path must be a Hugging Face folder .* got .*notes.txt"):
         from_pretrained(tmp_path / "notes.txt")
 
 
@@ -205,11 +211,71 @@ def test_saving_leaves_other_files_alone(tmp_path):
     assert (tmp_path / "model_of_mine.safetensors").read_bytes() == b"mine"
 
 
+def kill_after(n, folder, model, max_shard_bytes):
+    """Saves in a forked process that dies, as from a kill, before its n-th change of the folder; whether it did."""
+    pid = os.fork()
+    if pid == 0:
+        left = iter(range(n))
+
+        def mortal(change):
+            def run(*arguments, **keywords):
+                if next(left, None) is None:
+                    os._exit(9)
+                return change(*arguments, **keywords)
+
+            return run
+
+        Path.unlink, Path.mkdir, os.replace = mortal(Path.unlink), mortal(Path.mkdir), mortal(os.replace)
+        save_pretrained(model, folder, max_shard_bytes=max_shard_bytes)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("old_bytes", [60_000, 10**9], ids=["shards", "whole"])
+def test_a_kill_while_saving_leaves_the_old_model_or_the_new_or_none(tmp_path, old_bytes, monkeypatch):
+    """The two models differ in a number that only config.json holds, so that a mixture would load unnoticed."""
+    old, new = small(), small(rope_theta=5e5)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and no part of what is looked at
+    n, died, seen = 0, True, []
+    while died:
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(b"mine")
+        save_pretrained(old, folder, max_shard_bytes=old_bytes)
+        died = kill_after(n, folder, new, 60_000)
+        assert (folder / "tokenizer.model").read_bytes() == b"mine"
+        try:
+            loaded = from_pretrained(folder)
+        except FileNotFoundError:
+            seen.append("none")
+        else:
+            seen.append("old" if loaded.config == old.config else "new")
+            assert_same_model(loaded, old if seen[-1] == "old" else new)
+        save_pretrained(new, folder)  # and what was left is no hindrance
+        assert_same_model(from_pretrained(folder), new)
+        assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.model"}
+        n += 1
+    assert seen[0] == "old"
+    assert seen[-1] == "new"
+    assert sorted(seen, key=["old", "none", "new"].index) == seen
+
+
+def test_new_weights_of_the_same_configuration_take_their_place_in_one_rename(tmp_path):
+    old, new, n, died = small(), small(), 0, True
+    old.save_pretrained(tmp_path)
+    while died:
+        died = kill_after(n, tmp_path, new, 10**9)
+        n += 1
+        loaded = from_pretrained(tmp_path)  # there is always one
+        assert any(torch.equal(loaded.lm_head.weight, m.lm_head.weight) for m in (old, new))
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="checkpoint: quantize must be None or 'nf4', got 'int8'"):
         from_pretrained(tmp_path, quantize="int8")
-    with pytest.raises(ValueError, match="checkpoint: quantize must be 'nf4' with quantize_head, got None"):
-        from_pretrained(tmp_path, quantize_head=True)
+    for name in ("quantize_head", "double_quant"):
+        with pytest.raises(ValueError, match=f"checkpoint: quantize must be 'nf4' with {name}, got None"):
+            from_pretrained(tmp_path, **{name: True})
 
 
 def test_names_in_the_local_cache(tmp_path, monkeypatch):

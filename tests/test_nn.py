@@ -106,10 +106,12 @@ def test_quantize_replaces_linears_except_those_skipped():
     tree = nn.ModuleDict({"a": nn.Linear(64, 8), "b": nn.Sequential(nn.Linear(64, 8)), "lm_head": nn.Linear(64, 8)})
     packed = NF4Linear.from_linear(nn.Linear(64, 8))
     tree["c"] = packed
+    tree.eval()
     assert quantize_(tree, double_quant=True) is tree
     assert type(tree["lm_head"]) is nn.Linear
     assert tree["a"].double_quant
     assert tree["b"][0].double_quant
     assert tree["c"] is packed
+    assert not any(module.training for module in tree.modules())
     quantize_(tree, skip=())
     assert isinstance(tree["lm_head"], NF4Linear)

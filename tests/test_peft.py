@@ -126,18 +126,42 @@ def test_adapter_stays_float32_beside_a_bfloat16_base():
         (
             lambda: peft.apply(peft.apply(tiny(), LoRAConfig()), LoRAConfig()),
             ValueError,
-            "peft: model must carry no LoRA yet",
+            "peft: name must be new, got 'default', which the model carries; remove or merge it first",
         ),
         (lambda: LoRAConfig(rank=0), ValueError, "lora: rank must be a positive integer, got 0"),
         (lambda: LoRAConfig(dropout=1.0), ValueError, r"lora: dropout must be in \[0, 1\), got 1.0"),
-        (lambda: LoRAConfig(dora=True), NotImplementedError, "lora: dora must be False"),
+        (
+            lambda: LoRAConfig(dora=True, lora_bias=True),
+            ValueError,
+            "lora: lora_bias must be False with dora, got True",
+        ),
+        (lambda: LoRAConfig(alpha="x"), ValueError, "lora: alpha must be a number, got 'x'"),
+        (
+            lambda: LoRAConfig(bias="some"),
+            ValueError,
+            r"lora: bias must be one of \['none', 'all', 'lora_only'\], got 'some'",
+        ),
+        (lambda: LoRAConfig(layers=[-1]), ValueError, "lora: layers must be integers from 0 on, got -1"),
+        (
+            lambda: LoRAConfig(targets=".*", layers=[1]),
+            ValueError,
+            r"lora: layers must be None where targets is one pattern, got \[1\]",
+        ),
+        (lambda: LoRAConfig(targets="("), ValueError, r"lora: '\(' must be a regular expression, got"),
+        (lambda: LoRAConfig(targets=(3,)), ValueError, r"lora: targets and patterns must be strings, got \(3,\)"),
+        (lambda: LoRAConfig(rank_pattern={"q_proj": 0}), ValueError, "lora: rank must be a positive integer, got 0"),
+        (
+            lambda: peft.apply(tiny(), LoRAConfig(layers=(2,), exclude="x")),
+            ValueError,
+            r"peft: layers and exclude must leave a target, got \(2,\) and 'x'",
+        ),
         (lambda: peft.merge(tiny()), ValueError, "merge: model must carry LoRA"),
         (
             lambda: peft.merge(peft.apply(tiny(), LoRAConfig()), to="int8"),
             ValueError,
             r"merge: to must be one of \['float32', 'bfloat16', 'nf4'\], got 'int8'",
         ),
-        (lambda: peft.save(tiny(), "/nowhere"), ValueError, "peft: model must carry an adapter"),
+        (lambda: peft.save(tiny(), "/nowhere"), ValueError, "peft: model must carry an active adapter"),
     ],
 )
 def test_bad_calls(make, error, message):
@@ -154,13 +178,12 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"use_dora": True},
-        {"bias": "all"},
-        {"rank_pattern": {"q_proj": 2}},
         {"modules_to_save": ["lm_head"]},
         {"init_lora_weights": "pissa"},
         {"something_new": 1},
-        {"layers_to_transform": 0},
+        {"layers_pattern": "h"},
+        {"trainable_token_indices": [0]},
+        {"target_parameters": ["w"]},
     ],
 )
 def test_a_peft_setting_that_is_not_supported_is_an_error(saved, setting):
@@ -198,12 +221,21 @@ def test_tensors_that_do_not_fit_are_named_and_leave_the_model_alone(saved):
         ("[]", r"adapter_config\.json must hold a JSON object, got list"),
         (
             '{"peft_type": "LORA", "target_modules": ["q_proj"], "lora_alpha": 1}',
-            "peft: r must be a number .*, got None",
+            "peft: r must be given in adapter_config.json, got none",
         ),
         (
             '{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4}',
-            "peft: lora_alpha must be a number .*, got None",
+            "peft: lora_alpha must be given in adapter_config.json, got none",
         ),
+        (
+            '{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4, "lora_alpha": true}',
+            "peft: lora_alpha must be int or float in adapter_config.json, got True",
+        ),
+        (
+            '{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4, "lora_alpha": 1, "rank_pattern": [3]}',
+            r"peft: rank_pattern must be dict in adapter_config.json, got \[3\]",
+        ),
+        ('{"peft_type": "ADAPTION_PROMPT"}', "peft: peft_type must be LORA, got 'ADAPTION_PROMPT'"),
     ],
 )
 def test_a_damaged_adapter_config_says_so(saved, text, message):
@@ -232,7 +264,7 @@ def test_saved_and_loaded_is_the_same(tmp_path, base):
     peft.save(model, tmp_path / "a", base="tiny", prompt={"end_token": 2})
     again = peft.load(tiny(base), tmp_path / "a").eval()
     assert torch.equal(again(tokens(2, 9)), model(tokens(2, 9)))
-    with pytest.raises(ValueError, match="peft: model must carry no LoRA yet"):
+    with pytest.raises(ValueError, match="peft: name must be new, got 'default'"):
         peft.load(again, tmp_path / "a")
     assert again.peft_config == LoRAConfig(4, 6, 0.1, ("down_proj", "q_proj"), True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
