@@ -32,6 +32,12 @@ class LateLogits(CausalLMOutputWithPast):
 
     late: Callable[[], Tensor] | None = None
 
+    def __post_init__(self):
+        late, self.late = self.late, None  # what follows reads every field
+        super().__post_init__()
+        if late is not None:
+            self["late"] = late
+
     @property
     def logits(self) -> Tensor | None:
         late = vars(self).get("late")
