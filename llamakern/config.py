@@ -139,8 +139,8 @@ HF_FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False
 
 
 def _check_positive(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise ValueError(f"config: {name} must be a positive integer below 2^31, got {value!r}")
 
 
 def _rope_scaling(rope: dict, max_seq_len: int) -> RopeScaling | None:
