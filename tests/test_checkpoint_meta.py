@@ -140,10 +140,10 @@ def test_wrong_tensors_of_every_shard(tmp_path):
 
 
 PARAMS = [
-    ({"dim": None}, "config: dim must be a positive integer .*, got None"),
+    ({"dim": None}, "config: dim must be a positive integer, got None"),
     ({"n_layers": 3}, "got missing .*layers.2"),
     ({"n_layers": 10**9}, "must hold 1000000000 layers"),
-    ({"n_heads": "4"}, "config: n_heads must be a positive integer .*, got '4'"),
+    ({"n_heads": "4"}, "config: n_heads must be a positive integer, got '4'"),
     ({"vocab_size": 41}, r"embed_tokens.weight must have shape \[41, 64\], got \[40, 64\]"),
     ({"multiple_of": 32}, "feed_forward.w1 must have 192 rows by dim, multiple_of and ffn_dim_multiplier, got 48"),
     ({"multiple_of": "x"}, "params.json must describe a LLaMA, got"),
