@@ -203,7 +203,8 @@ def find_tokenizer(name: str | None, base: str) -> Tokenizer:
     try:
         return load_tokenizer(base_folder(base))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; name its file or folder with --tokenizer") from None
+        inside = " (that inside a .gguf is not read)" if str(base).endswith(".gguf") else ""
+        raise FileNotFoundError(f"{error}; name its file or folder with --tokenizer{inside}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from checkpoints import assert_same_model, decoded, small, write_gguf
 from compare import assert_same_bits
 
 from llamakern.checkpoint import from_pretrained
+from llamakern.cli import main
 from llamakern.config import RopeScaling
 from llamakern.nn import quantize_
 
@@ -144,6 +145,12 @@ def test_damaged_headers(tmp_path, data, message):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
         from_pretrained(path)
+
+
+def test_its_own_tokenizer_is_not_read(tmp_path, capsys):
+    path = write_gguf(tmp_path / "m.gguf", model())
+    assert main(["generate", str(path), "--prompt", "a"]) == 1
+    assert "with --tokenizer (that inside a .gguf is not read)" in capsys.readouterr().err
 
 
 def test_without_the_package_its_extra_is_named(tmp_path, monkeypatch):
