@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 
 import pytest
 import torch
@@ -188,6 +189,20 @@ def test_truncated_files(tmp_path, size):
     file = tmp_path / "consolidated.00.pth"
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"checkpoint: .*consolidated.00.pth must be"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_files_zipped_again_are_refused(tmp_path, method):
+    """Their numbers do not stand where torch would look for them."""
+    write_meta(tmp_path, meta())
+    file = tmp_path / "consolidated.00.pth"
+    with zipfile.ZipFile(file) as archive:
+        records = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, data in records:
+            archive.writestr(name, data)
+    with pytest.raises(ValueError, match=r"tok_embeddings.weight of .* must stand where torch.save puts it"):
         from_pretrained(tmp_path)
 
 
