@@ -88,6 +88,7 @@ def test_defaults():
         ({"rope_scaling": {"rope_type": "llama3"}}, "config: rope_scaling must hold factor, low_freq_factor"),
         ({"hidden_size": None}, "config: config.json must hold hidden_size, .*, got none of hidden_size"),
         ({"hidden_size": "many"}, "config: dim must be a positive integer, got 'many'"),
+        ({"hidden_size": 2**31}, r"config: dim must be below 2\^31, got 2147483648"),
         ({"num_hidden_layers": 0}, "config: n_layers must be a positive integer, got 0"),
         ({"num_key_value_heads": 7}, "config: n_heads must be divisible by n_kv_heads, got 32 and 7"),
         ({"head_dim": 65}, "config: head_dim must be even, got 65"),
