@@ -4,6 +4,8 @@
 >>> llamakern.peft.apply(model, llamakern.peft.LoRAConfig(rank=16))
 """
 
+import importlib
+
 from llamakern import _library as _library  # isort: skip  registers torch.ops.llamakern.*, before _C needs its library
 from llamakern import _C as _C
 from llamakern import nn as nn
@@ -15,3 +17,16 @@ from llamakern.model import Llama as Llama
 from llamakern.tokenizer import load_tokenizer as load_tokenizer
 from llamakern.train import TrainConfig as TrainConfig
 from llamakern.train import Trainer as Trainer
+
+_LAZY = {  # name -> module: what is imported only where it is asked for; patch needs transformers
+    "check_training": "llamakern.gate",
+    "patch": "llamakern.integrations.transformers",
+    "unpatch": "llamakern.integrations.transformers",
+    "verify": "llamakern.comparison",
+}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'llamakern' has no attribute {name!r}")

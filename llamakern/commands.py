@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llamakern import chat, generation, peft, runs, settings
+from llamakern import chat, distributed, generation, peft, runs, settings
 from llamakern import finetune as job
 from llamakern.files import folder_size, write_json
 from llamakern.model import Llama
@@ -34,7 +34,9 @@ def finetune(arguments) -> None:
     if arguments.reproduce:
         if words:
             raise ValueError(f"finetune: reproduce must stand alone, got {words[0]}")
-        print(f"the adapter is the same: {job.reproduce(arguments.reproduce)['hashes']['adapter']}")
+        same = job.reproduce(arguments.reproduce)["hashes"]["adapter"]
+        if distributed.is_main():
+            print(f"the adapter is the same: {same}")
         return
     names = settings.names(job.FinetuneConfig)
     for flag in arguments.rest:
@@ -49,8 +51,10 @@ def finetune(arguments) -> None:
     elif arguments.dry_run:
         job.dry_run(config)
     else:
-        print(json.dumps(job.finetune(config)["result"], indent=2))
-        print(f"adapter: {Path(config.out) / 'adapter'}")
+        result = job.finetune(config)["result"]
+        if distributed.is_main():
+            print(json.dumps(result, indent=2))
+            print(f"adapter: {Path(config.out) / 'adapter'}")
 
 
 def generate(arguments) -> None:
@@ -88,10 +92,10 @@ def generate(arguments) -> None:
 
 
 def prompt_template(arguments) -> tuple[chat.Template | None, tuple[int, ...] | None]:
-    """The template of --chat, or that of the adapter or merged model with its end ids; None for what there is not."""
+    """The template of --chat, or of the adapter or merged model, and the end ids stored with it."""
     prompt = read_prompt(arguments.adapter or job.source_path(arguments.base))
     if prompt and arguments.chat:
-        raise ValueError(f"generate: chat must be left out where prompt.json names a template, got {arguments.chat}")
+        raise ValueError(f"generate: chat must go without a template of the model's own, got {arguments.chat}")
     if prompt:
         return chat.from_prompt(prompt)
     if arguments.chat:

@@ -71,6 +71,7 @@ class FinetuneConfig(TrainConfig):
 def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
     """Train an adapter into config.out/adapter; continue the run that stands there. Returns the figures of run.json.
 
+    Under torchrun every process calls it, and process 0 writes.
     ValueError if the folder holds a run with other settings, base or data; it stays as it is.
     """
     out = Path(config.out)
@@ -86,13 +87,16 @@ def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
     }
     run["started"] = check_same_run(out, run) or run["started"]
     trainer = prepare(config, tokenizer, records, out=out, quiet=quiet)
-    write_json(out / "run.json", run)
+    if trainer.world.is_main:
+        write_json(out / "run.json", run)
     run["result"] = trainer.train()
     prompt = to_prompt(TEMPLATES[config.template], tokenizer)
     peft.save(trainer.model, out / "adapter", base=config.base, prompt=prompt)
-    run["hashes"]["adapter"] = sha256(out / "adapter" / "adapter_model.safetensors")
+    weights = out / "adapter" / "adapter_model.safetensors"
+    run["hashes"]["adapter"] = trainer.world.from_main(lambda: sha256(weights))
     run["ended"] = now()
-    write_json(out / "run.json", run)
+    if trainer.world.is_main:
+        write_json(out / "run.json", run)
     return run
 
 

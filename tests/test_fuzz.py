@@ -26,7 +26,7 @@ from llamakern.train import TrainConfig, Trainer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFUSALS = (ValueError, TypeError, FileNotFoundError, NotImplementedError)
-FORM = re.compile(r"\w+Error: [a-z0-9_]+: .*(must|unknown|asks for)", re.DOTALL)
+FORM = re.compile(r"\w+: [a-z0-9_]+: .*(must|unknown|asks for)", re.DOTALL)
 ROOM = 3 * 2**30  # bytes of address space that a load may take
 SECONDS = 20
 LONGER = int(os.environ.get("LLAMAKERN_FUZZ", 1))  # times as many examples

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llamakern.distributed import is_main, whole
 from llamakern.files import atomic_folder, write_json
 from llamakern.peft.adapters import active, add, base_of, find, trained_biases
 from llamakern.peft.base import hub_name
@@ -30,17 +31,20 @@ def save(
     """Write an adapter of `model` to the folder `path`, replacing it in one rename.
 
     base: the name that PEFT shall find the base model by. prompt: kept in prompt.json, for `generate`.
-    name: which adapter; by default the active one. ValueError if there is none, or if the folder holds anything that
-    is not part of an adapter.
+    name: which adapter; by default the active one. Of several processes all call it, since each may hold a part;
+    process 0 writes. ValueError if there is no such adapter, or if the folder holds anything that is not part of one.
     """
     if name is None and (name := active(model)) is None:
         raise ValueError("peft: model must carry an active adapter to save one, got a model without")
     config, tensors = find(model, name).config, adapter_tensors(model, name)
+    tensors = {key: whole(t.detach()).contiguous() for key, t in tensors.items()}
+    if not is_main():
+        return
     path = Path(path)
     if others := sorted(file.name for file in path.iterdir() if file.name not in OWN) if path.is_dir() else []:
         raise ValueError(f"peft: path must be a new folder or one with an adapter only, got {path} with {others[0]}")
     with atomic_folder(path) as folder:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / CONFIG, to_peft(config, base))
         if prompt is not None:
             write_json(folder / PROMPT, prompt)

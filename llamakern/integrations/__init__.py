@@ -1,0 +1,1 @@
+"""llamakern inside other people's programs, one place for each of them. Nothing here is imported unless asked for."""
