@@ -115,6 +115,35 @@ def test_row_norms_follow_the_base():
         assert not torch.equal(module.row_norms(), before)
 
 
+def test_generation_computes_the_norms_once(monkeypatch):
+    module, x, calls = dora("nf4").eval(), torch.randn(2, 128), []
+    row_norms = LoRALinear.row_norms
+    monkeypatch.setattr(LoRALinear, "row_norms", lambda self: calls.append(1) or row_norms(self))
+
+    def fresh():
+        with torch.enable_grad():
+            return module(x).detach()
+
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: module.lora_a.data.mul_(2),  # which no version counter sees
+            lambda: module.lora_b.add_(1),
+            lambda: module.magnitude.add_(1),
+            lambda: module.load_state_dict({"base.absmax": module.base.absmax * 2}, strict=False),
+            lambda: setattr(module, "base", NF4Linear.from_linear(nn.Linear(128, 260))),
+        ):
+            module(x)
+            change()
+            assert_same_bits(module(x), fresh())
+        calls.clear()
+        for _ in range(3):
+            module(x)
+        assert not calls
+    module(x)
+    assert len(calls) == 1
+
+
 def test_norms_are_a_constant_of_the_backward():
     """Were n differentiated too, a scaled B would leave the direction of W + s·B A and so the loss as it is."""
     module = dora("dense", bias=False)
