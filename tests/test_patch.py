@@ -50,6 +50,7 @@ def test_report_counts_what_was_replaced():
     assert report.kept == {}
     assert report.versions["transformers"] == transformers.__version__
     assert "replaced  attention  2" in str(report)
+    assert "hint      no LoRA layers yet" in str(report)
     assert transformers.__version__ in str(report)
 
 
