@@ -31,9 +31,7 @@ class HuggingFaceFolder:
         config = read_json(path / "config.json")
         self.config = LlamaConfig.from_hf(config)
         self.dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
-        method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-        if method != "bitsandbytes":
-            raise ValueError(f"checkpoint: quant_method of {path} must be 'bitsandbytes', got {method!r}")
+        check_quantization(path, config.get("quantization_config") or {})
         stored = {}  # key -> (file, shape)
         for file in self._files():
             with open_safetensors(file) as f:
@@ -68,15 +66,25 @@ class HuggingFaceFolder:
 
     def _get(self, file: Path, key: str) -> Tensor:
         with open_safetensors(file) as f:
-            return f.get_tensor(key).clone()  # not a view of the file
+            return f.get_tensor(key)
 
     def read(self, name: str) -> Tensor | NF4Linear:
         if name in self.packed:
-            return unpack(name, {suffix: self._get(*at) for suffix, at in self.packed[name].items()})
+            return unpack(name, {suffix: self._get(*at).clone() for suffix, at in self.packed[name].items()})
         tensor = self._get(*self.files[name])
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"checkpoint: {name} must be of {', '.join(DTYPES)}, got {tensor.dtype}")
         return tensor
+
+
+def check_quantization(path: Path, how: dict) -> None:
+    """ValueError where quantization_config of config.json is not bitsandbytes' NF4."""
+    method = how.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise ValueError(f"checkpoint: quant_method of {path} must be 'bitsandbytes', got {method!r}")
+    kind = "int8" if how.get("load_in_8bit") else how.get("bnb_4bit_quant_type", "nf4")
+    if kind != "nf4":
+        raise ValueError(f"checkpoint: the bitsandbytes type of {path} must be 'nf4', got {kind!r}")
 
 
 def parameter_name(key: str) -> str:

@@ -7,62 +7,25 @@ A record is one JSON object, in one of these forms:
     {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
     {"text": ...}
 
-Only answers train: every token of the prompt has the label -100. Each answer ends with the tokenizer's end token, which
-trains like the rest. labels[t] is the target at position t, so it is tokens[t + 1].
+Only answers train: every token of the prompt has the label -100. Each answer closes with the template's end token,
+which trains like the rest. labels[t] is the target at position t, so it is tokens[t + 1].
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llamakern import chat
+from llamakern.chat import BEGIN, END, PLAIN, ROLES, Message, PromptTemplate, Segment, Template
+
+__all__ = ["PLAIN", "Batch", "Example", "PromptTemplate", "load_examples", "pack", "pad", "read_records", "split"]
+
 IGNORED = -100
 FIELDS = ("instruction", "input", "output", "instances", "messages", "text")
-
-
-@dataclass(frozen=True)
-class PromptTemplate:
-    """The words around an instruction, kept beside the adapter: it answers only to those it was trained with."""
-
-    instruction: str = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Response:\n"
-    )
-    instruction_input: str = (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    )
-    system: str = "{content}\n\n"
-    user: str = "### Instruction:\n{content}\n\n### Response:\n"
-
-    def prompt(self, instruction: str, input: str = "") -> str:
-        """The text that a model sees before its answer."""
-        pattern = self.instruction_input if input else self.instruction
-        return fill(pattern, instruction=instruction, input=input)
-
-    def to_dict(self) -> dict[str, str]:
-        return asdict(self)
-
-
-PLAIN = PromptTemplate("{instruction}\n", "{instruction}\n{input}\n", "{content}\n", "{content}\n")  # for tiny models
-
-
-def fill(pattern: str, **values: str) -> str:
-    """`pattern` with {name} replaced; braces in the values stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), pattern)
-
-
-class Segment(NamedTuple):
-    """A piece of an example: prompt, or answer with its end token."""
-
-    text: str
-    trained: bool
 
 
 class Example(NamedTuple):
@@ -140,7 +103,7 @@ def parse(text: str, where: str):
         raise ValueError(f"data: {where} must be JSON, got {error}") from None
 
 
-def segments(record: Mapping, template: PromptTemplate, where: str, fields: Mapping[str, str]) -> list[list[Segment]]:
+def segments(record: Mapping, template: Template, where: str, fields: Mapping[str, str]) -> list[list[Segment]]:
     """The examples of one record, each as prompt and answer pieces. ValueError names the place and the keys found."""
     get = {name: record[key] for name in FIELDS if (key := fields.get(name, name)) in record}
     if "messages" in get:
@@ -153,32 +116,32 @@ def segments(record: Mapping, template: PromptTemplate, where: str, fields: Mapp
     if "instruction" in get and "output" in get:
         return [answer(get, template, where)]
     if "text" in get:
-        return [[Segment(text_of(get["text"], "text", where), True)]]
+        text = Segment(text_of(get["text"], "text", where), True)
+        return [[Segment(BEGIN, mark=True), text, Segment(END, True, mark=True)]]
     wanted = '"instruction" and "output", or "messages", or "text"'
     renamed = f" (with fields {dict(fields)})" if fields else ""
     raise ValueError(f"data: {where} must have {wanted}{renamed}, got keys {sorted(record)}")
 
 
-def answer(record: Mapping, template: PromptTemplate, where: str) -> list[Segment]:
+def answer(record: Mapping, template: Template, where: str) -> list[Segment]:
     instruction, output = (text_of(record.get(name), name, where) for name in ("instruction", "output"))
     extra = text_of(record.get("input") or "", "input", where)
-    return [Segment(template.prompt(instruction, extra), False), Segment(output, True)]
+    return template.task(instruction, extra, output)
 
 
-def dialogue(messages: object, template: PromptTemplate, where: str) -> list[Segment]:
-    pieces = []
+def dialogue(messages: object, template: Template, where: str) -> list[Segment]:
+    turns = []
     for i, message in enumerate(messages if isinstance(messages, list) else [messages]):
         role, content = (message.get(k) if isinstance(message, dict) else None for k in ("role", "content"))
-        if role not in ("system", "user", "assistant"):
+        if role not in ROLES:
             raise ValueError(f"data: {where}: messages[{i}] must have role system, user or assistant, got {role!r}")
-        content = text_of(content, f"messages[{i}].content", where)
-        if role == "assistant":
-            pieces.append(Segment(content, True))
-        else:
-            pieces.append(Segment(fill(getattr(template, role), content=content), False))
-    if not any(piece.trained for piece in pieces):
+        turns.append(Message(role, text_of(content, f"messages[{i}].content", where)))
+    if not any(turn.role == "assistant" for turn in turns):
         raise ValueError(f"data: {where}: messages must hold an assistant's turn, got none")
-    return pieces
+    try:
+        return template.dialogue(turns)
+    except ValueError as error:
+        raise ValueError(f"data: {where}: {error}") from None
 
 
 def text_of(value: object, name: str, where: str) -> str:
@@ -192,12 +155,8 @@ def text_of(value: object, name: str, where: str) -> str:
 
 
 def encode(pieces: Sequence[Segment], tokenizer, max_len: int, where: str = "record") -> Example:
-    """Tokens and mask of one example: begin token, then each piece; every answer closes with the end token."""
-    tokens, trained = [], []
-    for i, (text, is_answer) in enumerate(pieces):
-        piece = tokenizer.encode(text, bos=i == 0, eos=is_answer)
-        tokens += piece
-        trained += [is_answer] * len(piece)
+    """Tokens and mask of one example, cut at max_len."""
+    tokens, trained = chat.encode(pieces, tokenizer)
     return Example(tokens[:max_len], trained[:max_len], len(tokens) > max_len, where)
 
 
@@ -206,11 +165,12 @@ def load_examples(
     tokenizer,
     *,
     max_len: int,
-    template: PromptTemplate | None = None,
+    template: Template | None = None,
     fields: Mapping[str, str] | None = None,
 ) -> list[list[Example]]:
     """The examples of each record of `source`, in its order.
 
+    template: one of chat.TEMPLATES, or a PromptTemplate of your own words; by default Alpaca's.
     `fields` renames: {"output": "answer"} reads "answer" where this module says "output".
     ValueError for a bad record, naming its line and keys, and for a name in `fields` that is none of ours.
     """

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from llamakern import peft
+from llamakern.chat import PLAIN, to_prompt
 from llamakern.config import LlamaConfig
-from llamakern.data import PLAIN, Example, load_examples
+from llamakern.data import Example, load_examples
 from llamakern.demo_text import Documented, library, manual
 from llamakern.estimate import seconds_per_step
 from llamakern.files import folder_size, write_json
@@ -37,6 +38,7 @@ FINETUNE_SECONDS = 25.0
 LEAST_STEPS, MOST_STEPS = 60, 3000
 N_HELD_OUT = 200
 N_SAMPLES = 4
+MARK = ".llamakern-demo"  # stands in the folder of a demo: what is in there may be replaced
 
 
 @dataclass
@@ -59,8 +61,8 @@ def run(
 ) -> dict:
     """Do it all, leave it in folder `out`, return what summary.json holds. `minutes` is the time for pre-training."""
     started, out = time.perf_counter(), Path(out)
-    torch.manual_seed(0)
     clear(out)
+    torch.manual_seed(0)
     say = (lambda *_: None) if quiet else print
 
     say("Reading Python's manual and the standard library's docstrings")
@@ -102,10 +104,13 @@ def run(
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier demo left in its own folders."""
+    """Remove what an earlier demo left in `out`. ValueError, and nothing removed, if the folder is not a demo's."""
+    if not (out / MARK).is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"demo: out must be a new or empty folder, or one that a demo made, got {out}")
     for name in ("base", "base-nf4", "pretrain", *METHODS):
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +204,7 @@ def finetune(name, method: Method, tasks, tokenizer: Tokenizer, out: Path, secon
     steps = steps_within(seconds, Trainer(llama, train, TrainConfig(**settings), **knobs))
     settings = TrainConfig(**settings, steps=steps, save_every=steps, eval_every=max(1, steps // 5), keep_last=1)
     result = Trainer(llama, train, settings, held_out=held_out, out=out / name, **knobs).train()
-    prompt = {"template": PLAIN.to_dict(), "end_token": tokenizer.eos_id}
+    prompt = to_prompt(PLAIN, tokenizer)
     peft.save(llama, out / name / "adapter", base=str(out / "base"), prompt=prompt)
     return result, llama
 

@@ -1,4 +1,12 @@
-"""What a fine-tuning run will cost: memory by part and seconds a step, from a probe of one and of two blocks."""
+"""What a fine-tuning run will cost, measured on a probe: the trainer's own forward and backward through a few blocks.
+
+With n blocks and b sequences in a batch the process holds at its peak
+
+    peak(n, b) = resident + working + b·per_sequence + n·(b·block + gradients of one block)
+
+The probe measures peak(1, b), peak(3, b) and peak(1, 2b). Measuring counts what a sum over tensors would miss: buffers
+of kernels, and freed blocks that the C library keeps for itself.
+"""
 
 import os
 import time
@@ -10,7 +18,7 @@ from torch import nn
 
 from llamakern.data import Batch
 from llamakern.peft.base import trainable
-from llamakern.runs import peak_memory_mb
+from llamakern.runs import peak_memory_mb, reset_peak_memory
 from llamakern.train import Trainer
 
 REPEATS = 3
@@ -18,15 +26,26 @@ REPEATS = 3
 
 @dataclass
 class Estimate:
-    parts: dict[str, int]  # bytes by name
-    activations_per_sequence: int  # bytes
+    fixed: dict[str, int]  # bytes by name, whatever the batch
+    per_sequence: int  # bytes that each sequence of a batch adds
+    batch_size: int
     seconds_per_step: float
     total_steps: int
-    available: int  # bytes
+    available: int  # bytes that were free beside the model
+    measured: bool  # False where the system does not tell a part's peak: the estimate is then too low
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by name."""
+        return self.fixed | {"activations": self.batch_size * self.per_sequence}
 
     @property
     def total(self) -> int:
-        return sum(self.parts.values())
+        return self.total_at(self.batch_size)
+
+    def total_at(self, batch_size: int) -> int:
+        """Bytes at the peak with batches of another size."""
+        return sum(self.fixed.values()) + batch_size * self.per_sequence
 
     @property
     def hours(self) -> float:
@@ -34,43 +53,45 @@ class Estimate:
 
     @property
     def largest_batch(self) -> int:
-        """How many sequences fit into the memory that is free now, beside everything else."""
-        fixed = sum(self.parts[name] for name in ("gradients", "optimizer", "gate (first steps)"))
-        return max(0, int((self.available - fixed) // max(1, self.activations_per_sequence)))
+        """The greatest batch_size whose peak fits into what is free now and what is held already."""
+        held = sum(self.fixed[name] for name in ("program", "frozen weights", "trained weights"))
+        return max(0, int((self.available + held - self.total_at(0)) // max(1, self.per_sequence)))
 
 
 def estimate(trainer: Trainer) -> Estimate:
     """Probe `trainer`'s model on its fullest batch. Gradients are dropped again; nothing trains."""
-    model, config = trainer.model, trainer.config
-    resident = resident_memory(trainer.device)
+    model, config, layers = trainer.model, trainer.config, len(trainer.model.layers)
+    resident, available = resident_memory(trainer.device), available_memory(trainer.device)
     batch = max((batches[0] for batches in first(trainer.plan(0), 8)), key=lambda batch: batch.tokens.numel())
-    seconds, saved = probe(trainer, batch)
-    layers = len(model.layers)
-    if config.checkpoint_activations:
-        block_input = batch.tokens.numel() * model.config.dim * model.embed_tokens.weight.element_size()
-        activations = saved[1] + layers * block_input
-        seconds[2] += (seconds[2] - seconds[1]) / 3  # the forward runs twice
-    else:
-        activations = saved[1] + (layers - 1) * (saved[2] - saved[1])
-    per_batch = seconds[1] + (layers - 1) * max(0.0, seconds[2] - seconds[1])
+    deep = min(3, layers)
+    peaks, seconds, measured = probe(trainer, {(1, 1): batch, (deep, 1): batch, (1, 2): twice(batch)})
+
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     trained = sum(p.nbytes for p in trainable(model).values())
-    parts = {
-        "program": max(0, resident - frozen - trained),
-        "frozen weights": frozen,
-        "trained weights": trained,
-        "gradients": trained,
-        "optimizer": 2 * trained,
-        "gate (first steps)": trained,
-        "activations": int(activations),
-        "one block's gradients": int(saved[2] - saved[1]) if layers > 1 else int(saved[1]),
-    }
+    per_block = trained / layers  # gradients: they wait for the optimizer, the activations do not
+    block = (peaks[deep, 1] - peaks[1, 1]) / (deep - 1) - per_block if deep > 1 else 0
+    block, beside = max(0, block), max(0, peaks[1, 2] - peaks[1, 1])
+    batch_bytes = layers * block + max(0, beside - block)
+    working = max(0, peaks[1, 1] - resident - per_block - block - max(0, beside - block))
+    per_step = seconds[1, 1]
+    if deep > 1:
+        per_step += (layers - 1) * max(0.0, seconds[deep, 1] - seconds[1, 1]) / (deep - 1)
     return Estimate(
-        parts=parts,
-        activations_per_sequence=int(activations) // config.batch_size,
-        seconds_per_step=per_batch * config.accumulation,
+        fixed={
+            "program": max(0, resident - frozen - trained),
+            "frozen weights": frozen,
+            "trained weights": trained,
+            "gradients": trained,
+            "optimizer": 2 * trained,
+            "gate (first steps)": trained,
+            "working memory": int(working),
+        },
+        per_sequence=int(batch_bytes / config.batch_size),
+        batch_size=config.batch_size,
+        seconds_per_step=per_step * config.accumulation,
         total_steps=trainer.total,
-        available=available_memory(trainer.device),
+        available=available,
+        measured=measured,
     )
 
 
@@ -91,59 +112,41 @@ def first(items, n: int) -> list:
     return [item for item, _ in zip(items, range(n), strict=False)]
 
 
-def probe(trainer: Trainer, batch: Batch) -> tuple[dict[int, float], dict[int, int]]:
-    """Seconds and bytes kept for the backward, with one block and with two (or with all, where there is one only)."""
-    model, layers = trainer.model, trainer.model.layers
-    model.checkpoint_activations = False
-    training = model.training
+def twice(batch: Batch) -> Batch:
+    """The same sequences two times: in more rows, or packed into a longer one."""
+    if batch.cu_seqlens is None:
+        return Batch(batch.tokens.repeat(2, 1), batch.labels.repeat(2, 1), n_tokens=2 * batch.n_tokens)
+    bounds = torch.cat((batch.cu_seqlens, batch.cu_seqlens[1:] + batch.cu_seqlens[-1]))
+    return Batch(batch.tokens.repeat(1, 2), batch.labels.repeat(1, 2), batch.positions.repeat(2), bounds)
+
+
+Point = tuple[int, int]  # blocks, batches side by side
+
+
+def probe(trainer: Trainer, batches: dict[Point, Batch]) -> tuple[dict[Point, int], dict[Point, float], bool]:
+    """Bytes held at the peak of a forward and backward, its seconds, and whether the peak could be told apart."""
+    model, layers, training = trainer.model, trainer.model.layers, trainer.model.training
+    checkpointing, generators = model.checkpoint_activations, torch.get_rng_state()
+    model.checkpoint_activations = trainer.config.checkpoint_activations
     model.train()
-    generators = torch.get_rng_state()
-    seconds, saved = {}, {}
+    peaks, seconds, measured = {}, {}, True
     try:
-        for n in (1, 2):
-            model.layers = nn.ModuleList(layers[:n])
-            counter = SavedBytes(model)
-            with counter:
-                loss = trainer.loss(batch)
-            loss.backward()
-            saved[n] = counter.bytes
-            seconds[n] = min(timed(trainer, batch) for _ in range(REPEATS))
+        for point, batch in batches.items():
+            model.layers = nn.ModuleList(layers[: point[0]])
+            peaks[point], seconds[point] = 0, float("inf")
+            for _ in range(2):  # kernels take their buffers in the first
+                measured &= reset_peak_memory()
+                started = time.perf_counter()
+                trainer.loss(batch).backward()
+                seconds[point] = min(seconds[point], time.perf_counter() - started)
+                peaks[point] = max(peaks[point], int(peak_memory_mb() * 2**20))
+                model.zero_grad(set_to_none=True)
     finally:
-        model.layers = layers
+        model.layers, model.checkpoint_activations = layers, checkpointing
         model.train(training)
         model.zero_grad(set_to_none=True)
         torch.set_rng_state(generators)
-    if len(layers) == 1:
-        seconds[2], saved[2] = seconds[1], saved[1]
-    return seconds, saved
-
-
-def timed(trainer: Trainer, batch: Batch) -> float:
-    started = time.perf_counter()
-    trainer.loss(batch).backward()
-    return time.perf_counter() - started
-
-
-class SavedBytes:
-    """Counts the bytes that autograd keeps for the backward, each storage once and parameters not at all."""
-
-    def __init__(self, model: nn.Module):
-        self.seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.bytes = 0
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
-
-    def __enter__(self):
-        return self.hooks.__enter__()
-
-    def __exit__(self, *error):
-        return self.hooks.__exit__(*error)
+    return peaks, seconds, measured
 
 
 def resident_memory(device: torch.device) -> int:

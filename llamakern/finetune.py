@@ -1,24 +1,28 @@
 """The fine-tuning job: from settings to an adapter on disk, or with `dry_run` to a report of what would happen."""
 
 import dataclasses
+import itertools
 import json
+import shlex
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from llamakern import peft
-from llamakern.data import PLAIN, Example, PromptTemplate, check_examples, drop_masked, load_examples, split
+from llamakern import peft, settings
+from llamakern.chat import TEMPLATES, to_prompt
+from llamakern.data import Example, check_examples, drop_masked, load_examples, split
 from llamakern.estimate import estimate
 from llamakern.files import sha256, write_json
 from llamakern.model import Llama
 from llamakern.peft.lora import ALL_LINEARS
-from llamakern.runs import environment
+from llamakern.runs import environment, now
 from llamakern.tokenizer import Tokenizer, load_tokenizer
 from llamakern.train import FREE_TO_CHANGE, TrainConfig, Trainer
 
-TEMPLATES = {"alpaca": PromptTemplate(), "plain": PLAIN}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -31,15 +35,17 @@ class FinetuneConfig(TrainConfig):
     method: str = "lora"  # lora, qlora
     tokenizer: str | None = None  # file or folder; by default the base's
     fields: dict[str, str] = field(default_factory=dict)  # our name: the file's
-    template: str = "alpaca"  # alpaca, plain
+    template: str = "alpaca"  # alpaca, plain, llama2, llama3, llama3.1, llama4
     eval_fraction: float = 0.05  # of the records, held out
     drop_masked: bool = False  # leave out examples whose answer lies wholly beyond max_len
-    dtype: str | None = None  # of the dense weights: float32, bfloat16; by default as stored
+    dtype: str | None = None  # of the dense weights: float32, bfloat16, float16; by default as stored
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ALL_LINEARS
     rslora: bool = False
+    dora: bool = False
+    double_quant: bool = False  # of qlora's base: its scales in 8 bits
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,12 +55,14 @@ class FinetuneConfig(TrainConfig):
         for name, choices in (("method", peft.METHODS), ("template", TEMPLATES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"finetune: {name} must be one of {list(choices)}, got {getattr(self, name)!r}")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f"finetune: dtype must be float32 or bfloat16, got {self.dtype!r}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"finetune: dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
+        if self.double_quant and self.method != "qlora":
+            raise ValueError(f"finetune: method must be qlora with double_quant, got {self.method!r}")
         self.peft_config()
 
     def peft_config(self) -> peft.LoRAConfig:
-        return peft.LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.rslora)
+        return peft.LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.rslora, self.dora)
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
@@ -63,32 +71,46 @@ class FinetuneConfig(TrainConfig):
 def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
     """Train an adapter into config.out/adapter; continue the run that stands there. Returns the figures of run.json.
 
+    Under torchrun every process calls it, and process 0 writes.
     ValueError if the folder holds a run with other settings, base or data; it stays as it is.
     """
     out = Path(config.out)
-    tokenizer = load_tokenizer(source_path(config.tokenizer or config.base))
+    tokenizer = find_tokenizer(config.tokenizer, config.base)
     records = read(config, tokenizer)
     run = {
+        "command": shlex.join(sys.argv),
+        "started": now(),
+        "ended": None,
         "settings": dataclasses.asdict(config),
         "environment": environment(),
-        "hashes": {"base": sha256(source_path(config.base)), "data": sha256(config.data)},
+        "hashes": source_hashes(config),
     }
-    check_same_run(out, run)
+    run["started"] = check_same_run(out, run) or run["started"]
     trainer = prepare(config, tokenizer, records, out=out, quiet=quiet)
-    write_json(out / "run.json", run)
+    if trainer.world.is_main:
+        write_json(out / "run.json", run)
     run["result"] = trainer.train()
-    prompt = {"template": TEMPLATES[config.template].to_dict(), "end_token": tokenizer.eos_id}
+    prompt = to_prompt(TEMPLATES[config.template], tokenizer)
     peft.save(trainer.model, out / "adapter", base=config.base, prompt=prompt)
-    run["hashes"]["adapter"] = sha256(out / "adapter" / "adapter_model.safetensors")
-    write_json(out / "run.json", run)
+    weights = out / "adapter" / "adapter_model.safetensors"
+    run["hashes"]["adapter"] = trainer.world.from_main(lambda: sha256(weights))
+    run["ended"] = now()
+    if trainer.world.is_main:
+        write_json(out / "run.json", run)
     return run
 
 
-def check_same_run(out: Path, run: dict) -> None:
-    """ValueError if `out` has checkpoints of a run that this one cannot continue."""
+def source_hashes(config: FinetuneConfig) -> dict[str, str]:
+    """SHA-256 of what a run reads, by the name of its setting."""
+    hashes = {"base": sha256(source_path(config.base)), "data": sha256(config.data)}
+    return hashes | ({"tokenizer": sha256(source_path(config.tokenizer))} if config.tokenizer else {})
+
+
+def check_same_run(out: Path, run: dict) -> str | None:
+    """When the run in `out` was started, or None if there is none to continue. ValueError if it is another one."""
     if not (out / "run.json").is_file() or not any((out / "checkpoints").glob("*.pt")):
-        return
-    old, new = json.loads((out / "run.json").read_text(encoding="utf-8")), json.loads(json.dumps(run))
+        return None
+    old, new = read_run(out / "run.json"), json.loads(json.dumps(run))
     where = {"base", "data", "tokenizer", "out"}  # their contents count, not their names
     pairs = [(k, v, old["settings"].get(k)) for k, v in new["settings"].items() if k not in {*FREE_TO_CHANGE, *where}]
     pairs += [(k, "another", "the same") for k, v in new["hashes"].items() if old["hashes"].get(k) != v]
@@ -97,28 +119,46 @@ def check_same_run(out: Path, run: dict) -> None:
             f"finetune: settings must equal those of the run in {out}, got {', '.join(changed)}; "
             "take another folder to start anew"
         )
+    return old.get("started")
 
 
 def reproduce(file: str | Path) -> dict:
     """Run the settings of a run.json again, from the start, in a folder beside its own.
 
-    ValueError unless all hashes are the same.
+    ValueError unless all hashes are the same: for base, data and tokenizer before anything runs, for the adapter after.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"finetune: reproduce must name a run.json, got {file}")
-    run = json.loads(file.read_text(encoding="utf-8"))
-    if "adapter" not in run.get("hashes", {}):
+    run = read_run(file)
+    if "adapter" not in run["hashes"]:
         raise ValueError(f"finetune: {file} must be of a run that ended, got one without an adapter")
-    config = FinetuneConfig(**run["settings"])
+    config = settings.make(FinetuneConfig, run["settings"])
     folder = file.resolve().parent
     config.out = str(folder.with_name(folder.name + "-reproduced"))
+    if changed := [name for name, value in source_hashes(config).items() if run["hashes"].get(name) != value]:
+        raise ValueError(f"finetune: {' and '.join(changed)} must be what {file} was made from, got another content")
     shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)  # an earlier reproduction proves nothing
     again = finetune(config)
-    changed = [name for name, value in run["hashes"].items() if again["hashes"][name] != value]
-    if changed:
-        raise ValueError(f"finetune: hashes must equal those of {file}, got another {' and another '.join(changed)}")
+    if again["hashes"]["adapter"] != run["hashes"]["adapter"]:
+        then, now_ = run["environment"], json.loads(json.dumps(again["environment"]))
+        others = [f"{key} {value} in place of {then.get(key)}" for key, value in now_.items() if value != then.get(key)]
+        raise ValueError(
+            f"finetune: the adapter must have the hash that {file} names, got another; "
+            f"what else is not as it was: {', '.join(others) or 'nothing'}"
+        )
     return again
+
+
+def read_run(file: Path) -> dict:
+    """A run.json. ValueError if it is none."""
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"finetune: {file} must be JSON, got {error}") from None
+    if not isinstance(run, dict) or not all(isinstance(run.get(key), dict) for key in ("settings", "hashes")):
+        raise ValueError(f"finetune: {file} must hold settings and hashes, got neither or one")
+    return {"environment": {}, **run}
 
 
 def prepare(config: FinetuneConfig, tokenizer: Tokenizer, records: list, *, out: Path | None, quiet: bool) -> Trainer:
@@ -126,8 +166,8 @@ def prepare(config: FinetuneConfig, tokenizer: Tokenizer, records: list, *, out:
     records = drop_masked(records) if config.drop_masked else records
     train, held_out = split(records, config.eval_fraction, config.seed)
     check_examples(train + held_out)
-    quantize = "nf4" if config.method == "qlora" else None
-    model = Llama.from_pretrained(config.base, quantize=quantize, dtype=config.dtype and getattr(torch, config.dtype))
+    knobs = {"quantize": "nf4" if config.method == "qlora" else None, "double_quant": config.double_quant}
+    model = Llama.from_pretrained(config.base, dtype=config.dtype and getattr(torch, config.dtype), **knobs)
     largest, vocab_size = max((max(e.tokens) for e in train + held_out), default=0), model.config.vocab_size
     if largest >= vocab_size:
         raise ValueError(f"finetune: tokenizer must give ids below the model's {vocab_size}, got {largest}")
@@ -150,13 +190,23 @@ def source_path(name: str) -> Path:
     return Path(name) if Path(name).exists() else cached_snapshot(name)
 
 
+def find_tokenizer(name: str | None, base: str) -> Tokenizer:
+    """The tokenizer of that file or folder; by default the base's, which may have none."""
+    if name:
+        return load_tokenizer(source_path(name))
+    try:
+        return load_tokenizer(source_path(base))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; name its file or folder with --tokenizer") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Dry run
 
 
 def dry_run(config: FinetuneConfig) -> None:
     """Print what a run would do; train and write nothing. ValueError if an example has nothing left to train on."""
-    tokenizer = load_tokenizer(source_path(config.tokenizer or config.base))
+    tokenizer = find_tokenizer(config.tokenizer, config.base)
     records = read(config, tokenizer)
     examples = [example for record in records for example in record]
     print("One example; [[ ]] marks what trains:", "", marked(examples[0], tokenizer), "", sep="\n")
@@ -174,21 +224,23 @@ def dry_run(config: FinetuneConfig) -> None:
         print(f"  {name:<20}{size / 2**20:>12,.1f} MB")
     print(f"  {'together':<20}{cost.total / 2**20:>12,.1f} MB of {cost.available / 2**20:,.0f} MB free")
     print(f"  largest batch_size that fits: about {cost.largest_batch}")
+    if not cost.measured:
+        print("  This system does not tell the peak of a part of a run, so the run may need more.")
     print(f"\n{cost.total_steps} steps of {cost.seconds_per_step:.2f} s: {duration(cost.hours)}")
 
 
 def marked(example: Example, tokenizer: Tokenizer) -> str:
     """The example's text with its trained stretches in [[ ]] and its marks by name."""
-    marks = {tokenizer.bos_id: "<begin>", tokenizer.eos_id: "<end>"}
-    stretches, start = [], 0
-    for i in range(1, len(example.tokens) + 1):
-        if i == len(example.tokens) or example.trained[i] != example.trained[start]:
-            ids = example.tokens[start:i]
-            head, tail = ids[0] in marks, ids[-1] in marks and len(ids) > 1
-            text = marks.get(ids[0], "") + tokenizer.decode(ids[head : len(ids) - tail])
-            text += marks[ids[-1]] if tail else ""
-            stretches.append(f"[[{text}]]" if example.trained[start] else text)
-            start = i
+    names = {i: name for name, i in tokenizer.marks.items()}
+    names |= {tokenizer.bos_id: "<begin>", tokenizer.eos_id: "<end>"}
+    pieces = zip(example.tokens, example.trained, strict=True)
+    stretches = []
+    for trained, stretch in itertools.groupby(pieces, key=lambda piece: piece[1]):
+        runs = itertools.groupby((i for i, _ in stretch), key=lambda i: i if i in names else None)
+        text = "".join(
+            tokenizer.decode(list(run)) if mark is None else names[mark] * len(list(run)) for mark, run in runs
+        )
+        stretches.append(f"[[{text}]]" if trained else text)
     return "".join(stretches)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 STEPS = 5  # LoRA's A has no gradient in the first step, because B is zero there
+SHOWN = 12  # names in one message
 
 
 class GateError(RuntimeError):
@@ -16,47 +17,126 @@ class Gate:
     """Watches the first `STEPS` steps with lr > 0, then raises GateError with the names of the tensors that failed.
 
     Between optimizer.step() and zero_grad() call `observe()`. At the end of a run shorter than that call `close()`.
-    Until it has judged, it holds a copy of every trainable tensor.
+    A gradient that is not finite ends the watch at once: a step later it has spread to every tensor. Until it has
+    judged, the gate holds a copy of every trainable tensor.
     """
 
     def __init__(self, trainable: Mapping[str, nn.Parameter]):
         self.trainable = dict(trainable)
+        self.received = set()
+        self.seen, self.judged, self.hooks = 0, False, []
+        self.begin()
+
+    def begin(self) -> None:
+        """From here on a tensor has to move."""
         self.start = {name: p.detach().clone() for name, p in self.trainable.items()}
-        self.not_finite, self.received = set(), set()
-        self.seen = 0
 
     @torch.no_grad()
     def observe(self) -> None:
-        if self.seen == STEPS:
+        if self.judged:
             return
         self.seen += 1
-        for name, p in self.trainable.items():
-            if p.grad is None:
-                continue
-            if not torch.isfinite(p.grad).all():
-                self.not_finite.add(name)
-            elif p.grad.any():  # weight decay alone also moves a tensor, so moving is not enough
-                self.received.add(name)
+        gradients = {name: p.grad for name, p in self.trainable.items() if p.grad is not None}
+        if bad := [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]:
+            self.finish({"a gradient that is not finite": bad})
+        self.received |= {name for name, grad in gradients.items() if grad.any()}  # weight decay alone moves them too
         if self.seen == STEPS:
             self.judge()
 
     def close(self) -> None:
         """Judge a run that ended early; after a single step there is nothing to say about LoRA's A."""
-        if 2 <= self.seen < STEPS:
-            self.seen = STEPS
+        if not self.judged and self.seen >= 2:
             self.judge()
+        self.detach()
 
     def judge(self) -> None:
-        names = list(self.trainable)
-        faults = {
-            "no gradient, or one of zeros": [n for n in names if n not in self.received | self.not_finite],
-            "a gradient that is not finite": [n for n in names if n in self.not_finite],
-            "no change": [n for n in names if torch.equal(self.start[n], self.trainable[n])],
-        }
-        self.start = {}
-        found = [f"{fault}: {', '.join(named)}" for fault, named in faults.items() if named]
-        if found:
+        still = [name for name, p in self.trainable.items() if torch.equal(self.start[name], p)]
+        self.finish(
+            {
+                "no gradient, or one of zeros": [name for name in self.trainable if name not in self.received],
+                "no change": still,
+            }
+        )
+
+    def finish(self, faults: Mapping[str, list[str]]) -> None:
+        self.judged, self.start = True, {}
+        self.detach()
+        if any(faults.values()):
             raise GateError(
                 f"gate: every trainable tensor must receive a finite gradient and move in the first {STEPS} steps, "
-                f"got {'; '.join(found)}"
+                f"got {described(faults)}"
             )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Hooks of an optimizer
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Observe each step of `optimizer` that has a learning rate above 0 and is not skipped for overflow."""
+        before, after = self.before_step, self.after_step
+        self.hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+    def detach(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+    def before_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        if self.seen == 0:  # a checkpoint may have been loaded since the gate was made
+            self.begin()
+
+    def after_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer is told by the GradScaler, and then waits
+        if any(float(g["lr"]) > 0 for g in optimizer.param_groups) and not (overflow is not None and overflow.any()):
+            self.observe()
+
+
+def check_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Gate:
+    """Let any trainer refuse to be fake: call it after the optimizer is made, with the model that trains.
+
+    Over the first five steps with lr > 0 every parameter of `model` that requires a gradient must receive a finite one
+    that is not zero, and move; after that the gate's hooks are gone. It hooks optimizer.step(), so gradient
+    accumulation counts as one step, and steps that a GradScaler skips or whose learning rates are all 0 do not count.
+    accelerate's wrapper of an optimizer is looked through.
+
+    Returns the gate: `close()` it after a run shorter than five steps, or to take it off.
+    Raises GateError, naming the tensors (tied ones by all their names): at once for parameters that train but are not
+    in the optimizer, or are in it but require no gradient; else from the step that ends the watch. ValueError for a
+    model without trainable parameters, TypeError for what is not an optimizer.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"check_training: optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    names = all_names(model)
+    trainable = {name: p for name, p in names.items() if p.requires_grad}
+    if not trainable:
+        raise ValueError("check_training: model must have a trainable parameter, got none")
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    frozen = [name for name, p in names.items() if id(p) in held and not p.requires_grad]
+    faults = {
+        "not in the optimizer": [name for name, p in trainable.items() if id(p) not in held],
+        "in the optimizer without requiring a gradient": frozen,
+    }
+    if any(faults.values()):
+        raise GateError(f"gate: the optimizer must hold every trainable tensor and no other, got {described(faults)}")
+    gate = Gate(trainable)
+    gate.attach(optimizer)
+    return gate
+
+
+def all_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Each parameter once, a tied one under all its names: "embed_tokens.weight = lm_head.weight"."""
+    names: dict[int, list[str]] = {}
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    for name, p in parameters:
+        names.setdefault(id(p), []).append(name)
+    return {" = ".join(names[id(p)]): p for _, p in parameters}
+
+
+def described(faults: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items() if names)
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

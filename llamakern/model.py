@@ -9,6 +9,7 @@ Shapes: B batch, T query tokens, S key tokens, H query heads, Hkv key/value head
 V vocabulary.
 """
 
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,21 @@ class KVCache:
             raise ValueError(f"cache: max_len must be at least {self.used + T}, got {max_len}")
         self.lengths += T
         self.used += T
+
+    @contextmanager
+    def growing(self, T: int):
+        """Counts T new tokens while the layers write them; if one fails, the cache is as it was.
+
+        What a failed call has written lies behind the valid keys, where the next tokens go.
+        """
+        lengths, used = self.lengths.clone(), self.used
+        self.grow(T)
+        try:
+            yield
+        except BaseException:
+            self.lengths.copy_(lengths)
+            self.used = used
+            raise
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Writes the new tokens' k, v (B, T, Hkv, D) behind the older ones of this layer."""
@@ -156,15 +172,25 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     @classmethod
-    def from_pretrained(cls, path, *, quantize: str | None = None, quantize_head: bool = False, dtype=None) -> "Llama":
+    def from_pretrained(
+        cls,
+        path,
+        *,
+        quantize: str | None = None,
+        quantize_head: bool = False,
+        double_quant: bool = False,
+        dtype=None,
+    ) -> "Llama":
         """Loads a checkpoint: see `llamakern.checkpoint.from_pretrained`."""
         from llamakern.checkpoint import from_pretrained
 
-        return from_pretrained(path, quantize=quantize, quantize_head=quantize_head, dtype=dtype)
+        return from_pretrained(
+            path, quantize=quantize, quantize_head=quantize_head, double_quant=double_quant, dtype=dtype
+        )
 
     def save_pretrained(self, path) -> None:
-        """Writes a Hugging Face folder: see `llamakern.checkpoint.save_pretrained`."""
-        from llamakern.checkpoint import save_pretrained
+        """Writes a Hugging Face folder: see `llamakern.checkpoint_save.save_pretrained`."""
+        from llamakern.checkpoint_save import save_pretrained
 
         save_pretrained(self, path)
 
@@ -201,11 +227,9 @@ class Llama(nn.Module):
         T = tokens.shape[1]
         if positions is None:
             positions = default_positions(T, cache, cu_seqlens, tokens.device)
-        if cache is not None:
-            cache.grow(T)
         cos, sin = cos_sin(self.config, positions)
         ctx = AttendContext(cache=cache, positions=positions, cu_seqlens=cu_seqlens, mask=mask, cos=cos, sin=sin)
-        with recorded(cache):
+        with recorded(cache), nullcontext() if cache is None else cache.growing(T):
             x = self.embed_tokens(tokens)
             for layer in self.layers:
                 if self.checkpoint_activations and torch.is_grad_enabled():

@@ -4,7 +4,9 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -83,7 +85,7 @@ def set_rng_state(state: dict) -> None:
 
 
 def peak_memory_mb() -> float:
-    """The most that this process has held so far: on the GPU if one is in use, else in RAM."""
+    """The most that this process has held: so far, or since `reset_peak_memory`; on the GPU if one is in use."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "linux":  # where ru_maxrss also counts the process that started this one
@@ -91,6 +93,18 @@ def peak_memory_mb() -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def reset_peak_memory() -> bool:
+    """Make `peak_memory_mb` count from now on. False where the system offers no way."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: VmHWM becomes VmRSS
+    except OSError:
+        return False
+    return True
 
 
 def environment() -> dict:
@@ -101,10 +115,30 @@ def environment() -> dict:
             facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             facts[name] = None
+    facts["commit"] = commit()
     facts["cpus"], facts["threads"] = os.cpu_count(), torch.get_num_threads()
     facts["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     facts.update(engine())
     return facts
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, with "+ changes" if files differ; None elsewhere."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        call = {"cwd": root, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **call).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **call).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + (" + changes" if changed else "")
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def engine() -> dict:

@@ -3,6 +3,8 @@
 A step is one optimizer update over `accumulation` batches, its loss the mean over all their trained tokens, so that
 accumulating equals one large batch. The batches are a function of seed and epoch, the learning rate one of the step, so
 a checkpoint needs the parameters, the optimizer, the generators and the step: resuming is exact to the last bit.
+
+Under torchrun every process runs this loop on its share of each batch (`llamakern.distributed`); process 0 writes.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llamakern import distributed
 from llamakern.data import Batch, Example, check_examples, epoch_batches, pack, pad
 from llamakern.gate import STEPS, Gate
 from llamakern.peft.base import trainable
@@ -29,7 +32,7 @@ class TrainConfig:
 
     epochs: int = 3
     steps: int | None = None  # in place of epochs
-    batch_size: int = 8  # sequences in one forward pass
+    batch_size: int = 8  # sequences in one forward pass, of all processes together
     accumulation: int = 1  # forward passes in one step
     max_len: int = 512  # tokens of one sequence, at most
     packing: bool = True  # whole sequences side by side, each seeing only itself, in place of padding
@@ -41,6 +44,7 @@ class TrainConfig:
     beta2: float = 0.999
     clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
     checkpoint_activations: bool = False
+    parallel: str = "ddp"  # or fsdp2: what several processes share the work by
     eval_every: int = 0  # steps; 0: before the first and after the last
     save_every: int = 100
     keep_last: int = 2  # checkpoints
@@ -56,6 +60,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be in [0, 1), got {getattr(self, name)}")
+        if self.parallel not in distributed.KINDS:
+            raise ValueError(f"train: parallel must be one of {list(distributed.KINDS)}, got {self.parallel!r}")
         if self.max_len < 2:
             raise ValueError(f"train: max_len must be at least 2, got {self.max_len}")
 
@@ -67,11 +73,12 @@ class TrainConfig:
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+PACK_TO = 64  # a packed row's length is a multiple of this, so that few shapes occur
 FREE_TO_CHANGE = ("eval_every", "save_every", "keep_last")  # the others decide where a run goes
 
 
 class Trainer:
-    """Trains every parameter of `model` that requires a gradient.
+    """Trains every parameter of `model` that requires a gradient. Under torchrun every process makes one, on one model.
 
     model: offers loss(tokens, labels, *, positions, cu_seqlens, reduction), as `Llama` does.
     train, held_out: examples of `llamakern.data`.
@@ -93,15 +100,17 @@ class Trainer:
         self.model, self.examples, self.held_out = model, list(train), list(held_out)
         self.config = config or TrainConfig()
         self.folder = None if out is None else RunFolder(out, self.config.keep_last)
-        self.pad_id, self.label, self.quiet = pad_id, label, quiet
-        self.trainable = trainable(model)
-        if not self.trainable:
+        if not trainable(model):
             raise ValueError("train: model must have a trainable parameter, got none")
         if not self.examples:
             raise ValueError("train: train must hold at least one example, got none")
         check_examples(self.examples + self.held_out)
         self.fingerprint = fingerprint(self.examples)
-        self.device = next(iter(self.trainable.values())).device
+        self.device = next(iter(trainable(model).values())).device
+        self.world = distributed.join(self.device)
+        self.pad_id, self.label, self.quiet = pad_id, label, quiet or not self.world.is_main
+        self.parallel = distributed.wrap(model, self.config.parallel, self.world)
+        self.trainable = trainable(model)  # after the wrapping, which may replace parameters by shards of them
         self.optimizer = self.make_optimizer()
         self.total = self.config.steps or sum(len(list(self.epoch(e))) for e in range(self.config.epochs))
 
@@ -112,7 +121,7 @@ class Trainer:
         from the gate. ValueError if the folder holds a run with other settings or data.
         """
         config = self.config
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + 1_000_003 * self.world.rank)  # dropout of its own in each process
         self.model.checkpoint_activations = config.checkpoint_activations
         progress = {"step": 0, "tokens": 0, "seconds": 0.0, "loss_before": None}
         if not self.resume(progress):
@@ -127,7 +136,8 @@ class Trainer:
             started, generators = time.perf_counter(), rng_state()
             lr = config.lr_at(step, self.total)
             loss = self.backward(batches)
-            grad_norm = nn.utils.clip_grad_norm_(self.trainable.values(), config.clip or math.inf).item()
+            grad_norm = nn.utils.clip_grad_norm_(self.trainable.values(), config.clip or math.inf)
+            grad_norm = distributed.whole(grad_norm).item()
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 self.save(progress, generators)
                 bar.close()
@@ -138,7 +148,8 @@ class Trainer:
             if lr > 0 and gate:
                 gate.observe()
             self.optimizer.zero_grad(set_to_none=True)
-            tokens, seconds = sum(batch.n_tokens for batch in batches), time.perf_counter() - started
+            tokens = int(self.world.sum(sum(batch.n_tokens for batch in batches)))
+            seconds = time.perf_counter() - started
             progress["step"], progress["tokens"] = step, progress["tokens"] + tokens
             progress["seconds"] += seconds
             bar.update(loss, tokens / seconds)
@@ -153,19 +164,23 @@ class Trainer:
         return self.finish(progress)
 
     def backward(self, batches: Sequence[Batch]) -> float:
-        """Accumulate the gradient of the mean loss over all trained tokens of `batches`; returns that loss."""
-        n_trained = sum(batch.n_trained for batch in batches)
+        """Accumulate the gradient of the mean loss over all trained tokens of `batches`; returns that loss.
+
+        The mean is over the tokens of all processes; each scales by their number what the backward then averages.
+        """
+        n_trained = self.world.sum(sum(batch.n_trained for batch in batches))
         total = 0.0
-        for batch in batches:
-            loss = self.loss(batch) / n_trained
-            loss.backward()
+        for i, batch in enumerate(batches, 1):
+            with distributed.accumulating(self.parallel, last=i == len(batches)):
+                loss = self.loss(batch) * self.world.size / n_trained
+                loss.backward()
             total += loss.item()
-        return total
+        return self.world.sum(total) / self.world.size
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Sum over the batch's trained tokens."""
         batch = batch.to(self.device)
-        return self.model.loss(
+        return self.parallel(
             batch.tokens, batch.labels, positions=batch.positions, cu_seqlens=batch.cu_seqlens, reduction="sum"
         )
 
@@ -178,21 +193,21 @@ class Trainer:
         self.model.eval()
         total, n_trained = 0.0, 0
         for indices in self.batches(self.held_out, seed=None):
-            batch = self.collate([self.held_out[i] for i in indices])
+            batch = self.collate([self.held_out[i] for i in self.world.share(indices)])
             total += self.loss(batch).item()
             n_trained += batch.n_trained
         self.model.train(training)
-        return total / n_trained
+        return self.world.sum(total) / self.world.sum(n_trained)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data
 
     def plan(self, done: int) -> Iterator[list[Batch]]:
-        """The batches of each step from `done` on."""
+        """This process's share of the batches of each step from `done` on."""
         epochs = count() if self.config.steps else range(self.config.epochs)
         groups = (group for epoch in epochs for group in self.epoch(epoch))
         for group in islice(groups, done, self.total):
-            yield [self.collate([self.examples[i] for i in indices]) for indices in group]
+            yield [self.collate([self.examples[i] for i in self.world.share(indices)]) for indices in group]
 
     def epoch(self, epoch: int) -> Iterator[list[list[int]]]:
         """Example numbers by batch by step. The last step of an epoch may have fewer batches."""
@@ -207,8 +222,11 @@ class Trainer:
         )
 
     def collate(self, examples: Sequence[Example]) -> Batch:
+        if not examples:  # more processes than examples: the backward still needs every process
+            return pad([Example([self.pad_id] * 2, [False] * 2, False, "")], self.pad_id)._replace(n_tokens=0)
         if self.config.packing:
-            return pack(examples, self.config.batch_size * self.config.max_len, self.pad_id)
+            n_tokens = sum(len(example.inputs) for example in examples)
+            return pack(examples, -(-n_tokens // PACK_TO) * PACK_TO, self.pad_id)
         return pad(examples, self.pad_id)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -228,29 +246,32 @@ class Trainer:
             "progress": dict(progress),
             "config": asdict(self.config),
             "data": self.fingerprint,
-            "parameters": {name: p.detach() for name, p in self.trainable.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "generators": generators,
+            "parameters": {name: distributed.whole(p.detach()) for name, p in self.trainable.items()},
+            "optimizer": distributed.optimizer_state(self.optimizer),
+            "generators": self.world.collect(generators),
         }
-        self.folder.save_checkpoint(progress["step"], state)
+        if self.world.is_main:
+            self.folder.save_checkpoint(progress["step"], state)
 
     def resume(self, progress: dict) -> bool:
         """Take up the newest checkpoint of the folder, if there is one."""
-        state = self.folder and self.folder.load_checkpoint()
+        state = self.folder and self.world.from_main(self.folder.load_checkpoint)
         if not state:
             return False
         self.check_same_run(state)
         with torch.no_grad():
             for name, p in self.trainable.items():
-                p.copy_(state["parameters"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["generators"])
+                p.copy_(distributed.part(state["parameters"][name], p))
+        distributed.load_optimizer_state(self.optimizer, state["optimizer"])
+        set_rng_state(state["generators"][self.world.rank])
         progress.update(state["progress"])
-        self.folder.rewind(progress["step"])
+        if self.world.is_main:
+            self.folder.rewind(progress["step"])
         return True
 
     def check_same_run(self, state: dict) -> None:
-        mine, theirs = asdict(self.config), state["config"]
+        mine = asdict(self.config) | {"processes": self.world.size}
+        theirs = state["config"] | {"processes": len(state["generators"])}
         changed = [k for k in mine if k not in FREE_TO_CHANGE and mine[k] != theirs.get(k)]
         if changed:
             pairs = ", ".join(f"{k} {mine[k]} in place of {theirs.get(k)}" for k in changed)
@@ -266,11 +287,11 @@ class Trainer:
 
     def forget(self) -> None:
         """Drop what a run that never reached its first checkpoint has logged."""
-        if self.folder is not None:
+        if self.folder is not None and self.world.is_main:
             self.folder.rewind(-1)
 
     def log(self, **values) -> None:
-        if self.folder is not None:
+        if self.folder is not None and self.world.is_main:
             self.folder.log(**values)
 
     def finish(self, progress: dict) -> dict:
@@ -284,7 +305,7 @@ class Trainer:
             "tokens_per_s": progress["tokens"] / max(progress["seconds"], 1e-9),
             "peak_memory_mb": peak_memory_mb(),
         }
-        if self.folder is not None:
+        if self.folder is not None and self.world.is_main:
             if not any(line["step"] == self.total and "eval_loss" in line for line in self.folder.history()):
                 self.log(step=self.total, eval_loss=result["loss_after"])
             if not plot_curves({self.label: self.folder.metrics}, self.folder.path / "loss.png") and not self.quiet:

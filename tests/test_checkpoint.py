@@ -1,14 +1,18 @@
 import json
+import os
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import SMALL, assert_same_model, edit_config, edit_tensors, small
+from compare import assert_same_bits
 from safetensors.torch import load_file
 from torch import nn
 
-from llamakern.checkpoint import from_pretrained, save_pretrained
+from llamakern.checkpoint import from_pretrained
+from llamakern.checkpoint_save import save_pretrained
 from llamakern.config import RopeScaling
 from llamakern.model import Llama
 from llamakern.nn import quantize_
@@ -16,16 +20,25 @@ from llamakern.nn import quantize_
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-@pytest.mark.parametrize("name", ["hf-tied-bf16", "hf-sharded", "hf-nf4", "hf-nf4-double", "llama2c.bin"])
+LOGITS = json.loads((FIXTURES / "logits.json").read_text())
+
+
+@pytest.mark.parametrize("name", LOGITS)
 def test_every_format_loads_for_ever(name):
     """Files written once and never again: a model of one layer, and its logits after five tokens."""
+    if name.endswith(".gguf"):
+        pytest.importorskip("gguf")
     model = from_pretrained(FIXTURES / name, dtype=torch.float32)
-    want = json.loads((FIXTURES / "logits.json").read_text())[name]
     logits = model(torch.tensor([[1, 5, 9, 2, 15]]))[0, -1]
-    torch.testing.assert_close(logits, torch.tensor(want), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, torch.tensor(LOGITS[name]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_every_format_has_a_fixture():
+    made = runpy.run_path(str(FIXTURES / "make.py"))["FIXTURES"]
+    assert made.keys() == LOGITS.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize(
     "change",
     [{}, {"tie_embeddings": True}, {"rope_scaling": RopeScaling(32.0), "head_dim": 20, "eos_id": (3, 4)}],
@@ -35,6 +48,7 @@ def test_save_and_load(tmp_path, change, dtype):
     model = small(**change).to(dtype)
     model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1  # who may read one may read all
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == ("tie_embeddings" not in change)
     loaded = Llama.from_pretrained(tmp_path)
     assert_same_model(loaded, model)
@@ -149,7 +163,11 @@ def test_truncated_safetensors(tmp_path, size):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold config.json or one llama2.c .bin, got neither"):
+    with pytest.raises(FileNotFoundError, match=r"a Hugging Face folder \(config.json .*, got .* an empty folder"):
+        from_pretrained(tmp_path)
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=r"a Meta folder .* or a llama2.c .bin, got .* with a.bin, b.bin"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json must be JSON, got"):
@@ -167,7 +185,7 @@ def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match=r"quant_method of .* must be 'bitsandbytes', got 'gptq'"):
         from_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"path must be a folder or a llama2.c .bin file, got .*notes.txt"):
+    with pytest.raises(ValueError, match=r"path must be a Hugging Face folder .* got .*notes.txt"):
         from_pretrained(tmp_path / "notes.txt")
 
 
@@ -205,11 +223,71 @@ def test_saving_leaves_other_files_alone(tmp_path):
     assert (tmp_path / "model_of_mine.safetensors").read_bytes() == b"mine"
 
 
+def kill_after(n, folder, model, max_shard_bytes):
+    """Saves in a forked process that dies, as from a kill, before its n-th change of the folder; whether it did."""
+    pid = os.fork()
+    if pid == 0:
+        left = iter(range(n))
+
+        def mortal(change):
+            def run(*arguments, **keywords):
+                if next(left, None) is None:
+                    os._exit(9)
+                return change(*arguments, **keywords)
+
+            return run
+
+        Path.unlink, Path.mkdir, os.replace = mortal(Path.unlink), mortal(Path.mkdir), mortal(os.replace)
+        save_pretrained(model, folder, max_shard_bytes=max_shard_bytes)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("old_bytes", [60_000, 10**9], ids=["shards", "whole"])
+def test_a_kill_while_saving_leaves_the_old_model_or_the_new_or_none(tmp_path, old_bytes, monkeypatch):
+    """The two models differ in a number that only config.json holds, so that a mixture would load unnoticed."""
+    old, new = small(), small(rope_theta=5e5)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and no part of what is looked at
+    n, died, seen = 0, True, []
+    while died:
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(b"mine")
+        save_pretrained(old, folder, max_shard_bytes=old_bytes)
+        died = kill_after(n, folder, new, 60_000)
+        assert (folder / "tokenizer.model").read_bytes() == b"mine"
+        try:
+            loaded = from_pretrained(folder)
+        except FileNotFoundError:
+            seen.append("none")
+        else:
+            seen.append("old" if loaded.config == old.config else "new")
+            assert_same_model(loaded, old if seen[-1] == "old" else new)
+        save_pretrained(new, folder)  # and what was left is no hindrance
+        assert_same_model(from_pretrained(folder), new)
+        assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.model"}
+        n += 1
+    assert seen[0] == "old"
+    assert seen[-1] == "new"
+    assert sorted(seen, key=["old", "none", "new"].index) == seen
+
+
+def test_new_weights_of_the_same_configuration_take_their_place_in_one_rename(tmp_path):
+    old, new, n, died = small(), small(), 0, True
+    old.save_pretrained(tmp_path)
+    while died:
+        died = kill_after(n, tmp_path, new, 10**9)
+        n += 1
+        loaded = from_pretrained(tmp_path)  # there is always one
+        assert any(torch.equal(loaded.lm_head.weight, m.lm_head.weight) for m in (old, new))
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="checkpoint: quantize must be None or 'nf4', got 'int8'"):
         from_pretrained(tmp_path, quantize="int8")
-    with pytest.raises(ValueError, match="checkpoint: quantize must be 'nf4' with quantize_head, got None"):
-        from_pretrained(tmp_path, quantize_head=True)
+    for name in ("quantize_head", "double_quant"):
+        with pytest.raises(ValueError, match=f"checkpoint: quantize must be 'nf4' with {name}, got None"):
+            from_pretrained(tmp_path, **{name: True})
 
 
 def test_names_in_the_local_cache(tmp_path, monkeypatch):
@@ -227,14 +305,30 @@ def test_names_in_the_local_cache(tmp_path, monkeypatch):
     assert_same_model(from_pretrained("some/model"), model)
 
 
-def test_transformers_loads_what_is_saved(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": RopeScaling(8.0, original_max_seq_len=8), "head_dim": 12},
+        {"tie_embeddings": True},
+        {"rope_layout": "interleaved", "n_kv_heads": 4},
+    ],
+    ids=["scaled", "tied", "interleaved"],
+)
+def test_transformers_loads_what_is_saved(tmp_path, change, dtype):
     transformers = pytest.importorskip("transformers")
-    model = small(rope_scaling=RopeScaling(8.0, original_max_seq_len=8), head_dim=12)
-    model.save_pretrained(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert theirs.dtype == torch.float32
+    model = small(**change).to(dtype)
+    save_pretrained(model, tmp_path, max_shard_bytes=20_000 if "tie_embeddings" in change else 10**9)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert theirs.dtype == dtype
+    loaded = from_pretrained(tmp_path)
+    for name, p in loaded.named_parameters():
+        assert_same_bits(
+            p.detach(), theirs.get_parameter(name if "lm_head" in name else f"model.{name}").detach(), name
+        )
     tokens = torch.randint(0, 37, (2, 16))
     with torch.inference_mode():
-        torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert_same_model(from_pretrained(tmp_path / "theirs"), model)
+        want = theirs.float()(tokens).logits
+        torch.testing.assert_close(model.float()(tokens), want, rtol=0, atol=1e-5)
+    theirs.to(dtype).save_pretrained(tmp_path / "theirs")
+    assert_same_model(from_pretrained(tmp_path / "theirs"), loaded)

@@ -1,11 +1,19 @@
 """The command line, end to end on a tiny model made here: every verb, its help, and its messages."""
 
 import json
+import re
+import shutil
+import subprocess
+from datetime import datetime
 
 import pytest
+import torch
+from checkpoints import edit_config, edit_tensors
 
-from llamakern import Llama, LlamaConfig, settings
+from llamakern import _C, Llama, LlamaConfig, load_tokenizer, runs, settings
+from llamakern import generate as model_generate
 from llamakern.cli import main
+from llamakern.files import sha256
 from llamakern.finetune import FinetuneConfig
 
 VERBS = ("demo", "finetune", "generate", "quantize", "merge", "info")
@@ -53,20 +61,88 @@ def test_finetune_generate_merge(tiny, tmp_path, capsys, method):
     assert main(["generate", str(tmp_path / "merged"), "--prompt", "say cat", "--max-new-tokens", "3"]) == 0
 
 
+def test_run_json_says_how_the_adapter_came_to_be(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["llamakern", "finetune", "a file.yaml"])
+    assert main(words(tiny, tmp_path, "--tokenizer", str(tiny / "base"))) == 0
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["command"] == "llamakern finetune 'a file.yaml'"
+    assert datetime.fromisoformat(run["started"]) <= datetime.fromisoformat(run["ended"])
+    assert set(run["settings"]) == set(settings.names(FinetuneConfig))
+    assert run["hashes"] == {
+        "base": sha256(tiny / "base"),
+        "data": sha256(tiny / "tasks.jsonl"),
+        "tokenizer": sha256(tiny / "base"),
+        "adapter": sha256(tmp_path / "adapter" / "adapter_model.safetensors"),
+    }
+    assert {"llamakern", "torch", "python", "isa", "threads", "commit"} <= set(run["environment"])
+    assert main(words(tiny, tmp_path, "--tokenizer", str(tiny / "base"))) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["started"] == run["started"]
+
+
+def test_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *words], cwd=tmp_path, check=True)
+
+    (tmp_path / "package").mkdir()
+    file = tmp_path / "package" / "runs.py"
+    file.write_text("")
+    monkeypatch.setattr(runs, "__file__", str(file))
+    assert runs.commit() is None
+    git("init", "-q")
+    assert runs.commit() is None  # no commit yet
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    first = runs.commit()
+    assert re.fullmatch("[0-9a-f]{40}", first)
+    file.write_text("changed")
+    assert runs.commit() == first + " + changes"
+
+
 def test_reproduce(tiny, tmp_path, capsys):
     assert main(words(tiny, tmp_path / "run")) == 0
     file = tmp_path / "run" / "run.json"
     assert main(["finetune", "--reproduce", str(file)]) == 0
     assert "the adapter is the same" in capsys.readouterr().out
     run = json.loads(file.read_text())
-    run["hashes"]["adapter"] = "other"
+    run["hashes"]["adapter"], run["environment"]["isa"] = "other", "slow"
     file.write_text(json.dumps(run))
     assert main(["finetune", "--reproduce", str(file)]) == 1
     shown = capsys.readouterr().err
     assert "step 6/6" in shown  # it trained again
-    assert "hashes must equal those of" in shown
+    assert f"finetune: the adapter must have the hash that {file} names, got another; what else is not" in shown
+    assert f"isa {_C.isa()} in place of slow" in shown
     assert main(["finetune", "--reproduce", str(file), "lr=1"]) == 1
     assert "finetune: reproduce must stand alone, got lr=1" in capsys.readouterr().err
+
+
+def test_reproduce_names_what_it_reads_that_has_changed(tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "tiny")
+    assert main(words(tmp_path / "tiny", tmp_path / "run")) == 0
+    file, data = tmp_path / "run" / "run.json", tmp_path / "tiny" / "tasks.jsonl"
+    capsys.readouterr()
+    data.write_text(data.read_text().replace("cat", "cow"))
+    assert main(["finetune", "--reproduce", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert error == f"llamakern finetune: finetune: data must be what {file} was made from, got another content\n"
+    edit_tensors(tmp_path / "tiny" / "base", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    assert main(["finetune", "--reproduce", str(file)]) == 1
+    assert "finetune: base and data must be what" in capsys.readouterr().err
+    assert not (tmp_path / "run-reproduced").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "must be JSON"),
+        ("[]", "must hold settings and hashes"),
+        ('{"settings": {}, "hashes": {}}', "must be of a run that ended"),
+        ('{"settings": {"rnak": 1}, "hashes": {"adapter": "a"}}', "unknown key rnak; did you mean rank?"),
+    ],
+)
+def test_reproduce_of_what_is_no_run(content, message, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(content)
+    assert main(["finetune", "--reproduce", str(tmp_path / "run.json")]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_same_command_again_goes_on_and_other_settings_are_refused(tiny, tmp_path, capsys):
@@ -114,6 +190,9 @@ def test_info(capsys):
     [
         (["finetune", "rnak=4"], "unknown key rnak; did you mean rank?"),
         (["finetune", "--rnak", "4"], "unknown key rnak; did you mean rank?"),
+        (["finetune", "--batch-szie=4"], "unknown key batch_szie; did you mean batch_size?"),
+        (["finetune", "--dry_rn"], "unknown key dry_rn; did you mean dry_run?"),
+        (["finetune", "zzz=4"], "unknown key zzz; the keys are "),
         (["finetune", "rank=four"], "settings: rank must be int, got 'four'"),
         (["finetune", "none.yaml"], "settings: config must be a YAML file, got none.yaml"),
         (["finetune", "data=x"], "finetune: base must be given, as base=... or --base ..."),
@@ -145,6 +224,8 @@ def test_settings_file_then_words_then_flags(tmp_path, capsys):
     assert "alpha: 3.0\n" in shown
     assert "lr: 0.0001\n" in shown
     for content, message in (
+        ("rnak: 4\n", "unknown key rnak; did you mean rank?"),
+        ("1: 4\n", "unknown key 1; the keys are"),
         ("- 1\n", "must hold key: value lines, got list"),
         ("a: [", "must be YAML"),
         ("out:\n", "settings: out must be str, got None"),
@@ -191,7 +272,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tiny, tmp_path, caps
 
 def test_an_input_without_a_template_is_refused(tiny, capsys):
     assert main(["generate", str(tiny / "base"), "--prompt", "a", "--input", "b"]) == 1
-    assert "generate: input must go with an adapter that has a prompt template" in capsys.readouterr().err
+    assert "generate: input and system must go with a prompt template, got no --chat" in capsys.readouterr().err
 
 
 def test_a_folder_is_not_written_over_itself(tiny, tmp_path, capsys):
@@ -217,7 +298,59 @@ def test_an_interrupt_promises_only_what_holds(argv, resumes, monkeypatch, capsy
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llamakern.finetune.finetune", interrupt)
-    monkeypatch.setattr("llamakern.runs.environment", interrupt)
+    monkeypatch.setattr("llamakern.commands.job.finetune", interrupt)
+    monkeypatch.setattr("llamakern.commands.runs.environment", interrupt)
     assert main(argv) == 130
     assert ("goes on from the last checkpoint" in capsys.readouterr().err) == resumes
+
+
+def generated(capsys, base, *flags):
+    capsys.readouterr()
+    assert main(["generate", str(base), "--prompt", "say cat", "--max-new-tokens", "24", *flags]) == 0
+    return capsys.readouterr().out.removesuffix("\n")
+
+
+def test_a_stop_string_is_not_printed(tiny, capsys):
+    free = generated(capsys, tiny / "base")
+    stop = free[4:8]
+    assert generated(capsys, tiny / "base", "--stop", stop) == free[: free.index(stop)]
+    assert generated(capsys, tiny / "base", "--stop", "never", "--stop", stop) == free[: free.index(stop)]
+
+
+def test_generate_takes_every_knob_of_sampling(tiny, capsys):
+    free = generated(capsys, tiny / "base")
+    assert generated(capsys, tiny / "base", "--temperature", "2", "--min-p", "1") == free
+    assert generated(capsys, tiny / "base", "--repetition-penalty", "1e9") != free
+    drawn = ["--temperature", "2", "--top-k", "200", "--top-p", "0.99", "--seed", "1"]
+    assert generated(capsys, tiny / "base", *drawn) == generated(capsys, tiny / "base", *drawn) != free
+    assert main(["generate", str(tiny / "base"), "--prompt", "a", "--min-p", "2"]) == 1
+    assert "generate: min_p must be in [0, 1], got 2.0" in capsys.readouterr().err
+
+
+def test_generate_ends_at_each_of_several_end_tokens(tiny, tmp_path, capsys):
+    """As configurations of LLaMA 3 name them: a list."""
+    tokenizer = load_tokenizer(tiny / "base")
+    model = Llama.from_pretrained(tiny / "base")
+    out = model_generate(model, torch.tensor([tokenizer.encode("say cat")]), max_new_tokens=24)[0]
+    new = out[len(tokenizer.encode("say cat")) :].tolist()
+    end = new[5]
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    edit_config(tmp_path / "base", eos_token_id=[299, end])
+    assert generated(capsys, tmp_path / "base") == tokenizer.decode(new[: new.index(end)])
+
+
+@pytest.mark.parametrize(("flag", "hint"), [("--temprature=1", "; did you mean --temperature?"), ("--zzz", "")])
+def test_other_verbs_suggest_a_flag_too(flag, hint, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "base", "--prompt", "a", flag])
+    assert capsys.readouterr().err.endswith(f"error: unknown arguments: {flag}{hint}\n")
+
+
+def test_a_base_without_tokenizer_says_how_to_give_one(tiny, tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    shutil.copyfile(tiny / "base" / "config.json", tmp_path / "base" / "config.json")
+    for argv in (words(tiny, tmp_path / "run", f"--base={tmp_path / 'base'}"), ["generate", str(tmp_path / "base")]):
+        assert main(argv + ["--prompt", "a"] * (argv[0] == "generate")) == 1
+        error = capsys.readouterr().err
+        assert "got none; name its file or folder with --tokenizer\n" in error
+        assert error.count("\n") == 1

@@ -3,6 +3,7 @@
 import json
 
 from llamakern import demo
+from llamakern.cli import main
 from llamakern.config import LlamaConfig
 from llamakern.demo_text import first_sentence
 
@@ -33,6 +34,24 @@ def test_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     assert "method" in shown
     assert "qlora" in shown
     assert "peak memory" in shown
+
+
+def test_a_folder_that_no_demo_made_is_refused_and_stays_as_it_is(tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "mine").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path, tmp_path / "file"):
+        assert main(["demo", "--out", str(out)]) == 1
+        assert f"demo: out must be a new or empty folder, or one that a demo made, got {out}" in capsys.readouterr().err
+    assert (tmp_path / "base" / "mine").read_text() == "precious"
+
+
+def test_a_demo_replaces_what_a_demo_made(tmp_path):
+    demo.clear(tmp_path / "new")
+    (tmp_path / "new" / "base").mkdir()
+    (tmp_path / "new" / "notes").write_text("kept")
+    demo.clear(tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [demo.MARK, "notes"]
 
 
 def test_no_held_out_file_is_trained_on():

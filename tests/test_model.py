@@ -352,3 +352,18 @@ def test_tinystories_656k_logits_equal_transformers(data_dir):
     tokens = torch.randint(0, 2048, (2, 64))
     with torch.inference_mode():
         close(ours(tokens), theirs(tokens).logits, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths"), [([[1, 2], [3, 10_000]], None), ([[1, 2], [3, 4]], [1, 2, 2])], ids=["id", "lengths"]
+)
+def test_a_failing_call_leaves_the_cache_as_it_was(model, tokens, lengths):
+    tokens, lengths = torch.tensor(tokens), None if lengths is None else torch.tensor(lengths)
+    cache, good = model.new_cache(2, 9), torch.tensor([[5, 6, 7], [7, 6, 5]])
+    model(good, cache=cache, lengths=torch.tensor([3, 1]))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(tokens, cache=cache, lengths=lengths)
+    assert (cache.lengths.tolist(), cache.used) == ([3, 1], 3)
+    other = model.new_cache(2, 9)
+    model(good, cache=other, lengths=torch.tensor([3, 1]))
+    assert torch.equal(model(good, cache=cache), model(good, cache=other))

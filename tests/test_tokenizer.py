@@ -155,6 +155,34 @@ def test_marks_of_a_tokenizer_json(tmp_path):
     assert tokenizer.encode("a", eos=True) == [0, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["tok.bin", "tokenizer.json", "tokenizer.model"])
+def test_marks_have_ids_and_no_text(name):
+    tokenizer = load_tokenizer(FIXTURES / name)
+    assert tokenizer.marks["<s>"] == tokenizer.bos_id
+    assert tokenizer.marks["</s>"] == tokenizer.eos_id
+    for mark, i in tokenizer.marks.items():
+        assert i not in tokenizer.encode(f"a{mark} b", bos=False)
+        assert tokenizer.decode([i]) == ""
+    assert tokenizer.decode([tokenizer.n_ids, 10**9]) == ""
+    with pytest.raises(ValueError, match="tokenizer: ids must be at least 0, got -2"):
+        tokenizer.decode([1, -2])
+    with pytest.raises(ValueError, match="tokenizer: text must be Unicode, got"):
+        tokenizer.encode("\ud83d")
+
+
+def test_marks_that_a_tokenizer_json_does_not_call_special(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    made = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    made.add_tokens(["</s>", "<tool>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.marks == {"</s>": 2}
+    assert tokenizer.encode("a", eos=True) == [0, 2]
+    assert 2 not in tokenizer.encode("</s>")
+    assert tokenizer.encode("<tool>") == [3]  # an ordinary token of this file
+
+
 def test_which_file_of_a_folder(tmp_path, data_dir):
     with pytest.raises(FileNotFoundError, match=r"tokenizer: .* must hold one of tokenizer.json, tokenizer.model, tok"):
         load_tokenizer(tmp_path)

@@ -5,18 +5,38 @@
 
 from torch import nn
 
+from llamakern.peft.adapters import activate, active, adapters, remove
 from llamakern.peft.base import count_trainable, trainable
 from llamakern.peft.files import load, save
 from llamakern.peft.lora import LoRAConfig
-from llamakern.peft.merge import logit_change, merge
+from llamakern.peft.merge import MergeReport, logit_change, merge, merge_report
 
 METHODS = {"lora": LoRAConfig, "qlora": LoRAConfig}
 
 
-def apply(model: nn.Module, config) -> nn.Module:
-    """The model itself, with the method of `config` in it and everything else frozen."""
-    config.apply(model)
+def apply(model: nn.Module, config, *, name: str = "default") -> nn.Module:
+    """The model itself, with the method of `config` in it under `name`, active, and all else frozen.
+
+    ValueError if the model carries an adapter of that name.
+    """
+    config.apply(model, name)
     return model
 
 
-__all__ = ["METHODS", "LoRAConfig", "apply", "count_trainable", "load", "logit_change", "merge", "save", "trainable"]
+__all__ = [
+    "METHODS",
+    "LoRAConfig",
+    "MergeReport",
+    "activate",
+    "active",
+    "adapters",
+    "apply",
+    "count_trainable",
+    "load",
+    "logit_change",
+    "merge",
+    "merge_report",
+    "remove",
+    "save",
+    "trainable",
+]

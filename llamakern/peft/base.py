@@ -1,10 +1,8 @@
 """What every method needs: freeze the base, plug modules into the linear socket, count what trains."""
 
-from collections.abc import Callable, Iterable
-
 from torch import nn
 
-from llamakern.nn import LoRALinear
+from llamakern.model import Llama
 
 SKIPPED = ("lm_head",)  # the loss reads the head's weight itself, past its forward
 
@@ -22,37 +20,15 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def match(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear]:
-    """The linears that `targets` name, by dotted name.
-
-    A target is the last part of a dotted name ("q_proj") or a longer tail of it ("layers.0.self_attn.q_proj").
-    ValueError if one of them names nothing, or if the model carries LoRA already.
-    """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("peft: model must carry no LoRA yet, got one that does; merge it first")
-    found = linears(model)
-    matches = {target: [name for name in found if f".{name}".endswith(f".{target}")] for target in targets}
-    missing = [target for target, names in matches.items() if not names]
-    if missing or not matches:
-        have = sorted({name.rpartition(".")[2] for name in found})
-        raise ValueError(
-            f"peft: targets must name linears of the model, no module named any of {missing}; it has {have}"
-        )
-    return {name: found[name] for names in matches.values() for name in names}
+def hub_name(model: nn.Module, name: str) -> str:
+    """The name of a module or parameter in transformers, where a LLaMA's blocks stand in a child named `model`."""
+    return f"model.{name}" if isinstance(model, Llama) else name
 
 
-def swap(model: nn.Module, targets: Iterable[str], make: Callable[[nn.Linear], nn.Module]) -> list[nn.Module]:
-    """Replace every linear named in `targets` by make(linear); returns what was made."""
-    made = {name: make(linear) for name, linear in match(model, targets).items()}
-    for name, module in made.items():
-        replace(model, name, module)
-    return list(made.values())
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the dotted `name` stands."""
+def replace(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
+    """Put a module or a parameter where the dotted `name` stands."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    setattr(model.get_submodule(parent), child, part)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

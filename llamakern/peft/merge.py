@@ -1,49 +1,69 @@
-"""Merging LoRA into its base: W + s·B A, computed in float32, then in the form that the caller wants."""
+"""Merging the active adapter into its base: c ⊙ (W + s·B A), computed in float32, then in the form asked for."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from llamakern.nn import LoRALinear, NF4Linear, quantize_
+from llamakern.peft.adapters import active, adapters, base_of
 from llamakern.peft.base import replace
 
-FORMS = ("float32", "bfloat16", "nf4")
+FORMS = ("float32", "bfloat16", "float16", "nf4")
+SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
-@torch.no_grad()
 def merge(model: nn.Module, to: str | None = None) -> nn.Module:
     """The model itself with plain linears where the LoRALinears stood, and no adapter left.
 
-    to: "float32" or "bfloat16" makes the whole model dense in that dtype; "nf4" quantises the merged linears (and all
-    others but the head); None makes it dense in the dtype of the embedding. Merging rounds, into bfloat16 visibly and
-    into NF4 strongly: compare logits with `logit_change`. ValueError if there is no LoRA in the model.
+    to: "float32", "bfloat16" or "float16" (f32, bf16, f16) makes the whole model dense in that dtype; "nf4" packs the
+    merged linears, and all others but the head, with the block size and double quantisation of the base; None makes it
+    dense in the dtype of the embedding. Merging rounds, into bfloat16 visibly and into NF4 strongly: `merge_report`
+    measures it. ValueError, the model as it was, if no adapter is active, if others are carried beside it, or if the
+    result does not fit the form.
     """
-    if to not in (None, *FORMS):
-        raise ValueError(f"merge: to must be one of {list(FORMS)}, got {to!r}")
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    if not adapted:
-        raise ValueError("merge: model must carry LoRA, got one without it")
-    dtype = next(model.parameters()).dtype if to in (None, "nf4") else getattr(torch, to)
-    double_quant = any(module.double_quant for module in model.modules() if isinstance(module, NF4Linear))
-    for name, module in adapted.items():
-        replace(model, name, dense(module.base, module.scale * module.lora_b @ module.lora_a, dtype))
-    if to == "nf4":
-        quantize_(model, double_quant=double_quant)
-    else:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, NF4Linear):
-                replace(model, name, dense(module, 0.0, dtype))
-        model.to(dtype)
-    model.peft_config = None
+    merge_linears(model, to)
     return model
 
 
-def dense(linear: nn.Linear, delta: Tensor | float, dtype: torch.dtype) -> nn.Linear:
-    """A frozen dense linear of weight W + delta."""
-    weight = linear.dequantize() if isinstance(linear, NF4Linear) else linear.weight.float()
-    merged = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    merged.weight = nn.Parameter((weight + delta).to(dtype), requires_grad=False)
-    merged.bias = linear.bias
-    return merged
+@dataclass
+class MergeReport:
+    """What merging changed. Logits are those of `tokens` sample tokens, before and after."""
+
+    form: str
+    tokens: int
+    max: float  # largest change of a logit
+    mean: float
+    same_token: float  # how often the likeliest token stayed, 0 to 1
+    rounding: dict[str, float]  # by merged linear: ‖W' - V‖ / ‖V‖, V the merged weight before it was rounded to W'
+    effect: float  # largest change of a logit by the adapter itself
+
+    def __str__(self) -> str:
+        width = max(map(len, self.rounding))
+        lines = [f"{'merged linear':<{width}}  relative error of rounding to {self.form}"]
+        lines += [f"{name:<{width}}  {error:.2e}" for name, error in self.rounding.items()]
+        lines += [
+            f"merging changed the logits of {self.tokens} tokens by at most {self.max:.3g}, {self.mean:.3g} on average",
+            f"the adapter itself had changed them by at most {self.effect:.3g}",
+            f"the likeliest token stayed the same for {self.same_token:.1%}",
+        ]
+        if self.effect == 0:
+            lines += ["the adapter changes nothing: there was nothing to merge"]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def merge_report(model: nn.Module, tokens: Tensor, to: str | None = None) -> MergeReport:
+    """Merges as `merge` does and measures on `tokens` (B, T) what that changes, without dropout. Raises as it does."""
+    training = model.training
+    model.eval()
+    before = logits(model, tokens)
+    with base_of(model):
+        effect = (before - logits(model, tokens)).abs().max().item()
+    form, rounding = merge_linears(model, to)
+    change = logit_change(before, logits(model, tokens))
+    model.train(training)
+    return MergeReport(form=form, tokens=tokens.numel(), rounding=rounding, effect=effect, **change)
 
 
 def logit_change(before: Tensor, after: Tensor) -> dict[str, float]:
@@ -51,3 +71,70 @@ def logit_change(before: Tensor, after: Tensor) -> dict[str, float]:
     change = (after.float() - before.float()).abs()
     same = (before.argmax(-1) == after.argmax(-1)).float()
     return {"max": change.max().item(), "mean": change.mean().item(), "same_token": same.mean().item()}
+
+
+@torch.no_grad()
+def merge_linears(model: nn.Module, to: str | None) -> tuple[str, dict[str, float]]:
+    """Merges; returns the form that it took and the rounding error of each merged linear."""
+    to = SHORT.get(to, to)
+    if to not in (None, *FORMS):
+        raise ValueError(f"merge: to must be one of {[*FORMS, *SHORT]}, got {to!r}")
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    check(model, found, to)
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    format = {"block_size": packed[0].block_size, "double_quant": packed[0].double_quant} if packed else {}
+    dtype = next(model.parameters()).dtype if to in (None, "nf4") else getattr(torch, to)
+    rounding = {}
+    for name, module in found.items():
+        weight, bias = module.merged_weight(), module.merged_bias()
+        if to == "nf4":
+            own = module.base if isinstance(module.base, NF4Linear) else None
+            kept = {"block_size": own.block_size, "double_quant": own.double_quant} if own else format
+            merged = NF4Linear.from_weight(weight, bias, **kept)
+            rounded = merged.dequantize()
+        else:
+            merged = dense(weight, bias, dtype)
+            rounded = merged.weight.float()
+        rounding[name] = ((rounded - weight).norm() / weight.norm().clamp_min(1e-30)).item()
+        replace(model, name, merged.train(module.training))
+    if to == "nf4":
+        quantize_(model, **format)
+    else:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, NF4Linear):
+                replace(model, name, dense(module.dequantize(), module.bias, dtype).train(module.training))
+        model.to(dtype)
+    model.peft_adapters, model.peft_active, model.peft_config = {}, None, None
+    return to or str(dtype).removeprefix("torch."), rounding
+
+
+def check(model: nn.Module, found: dict[str, LoRALinear], to: str | None) -> None:
+    """ValueError for what cannot be merged, before anything has changed."""
+    carried = adapters(model)
+    if not found:
+        raise ValueError(f"merge: model must carry LoRA that is active, got {f'only {carried}' if carried else 'none'}")
+    if others := [name for name in carried if name != active(model)]:
+        raise ValueError(
+            f"merge: model must carry one adapter, got {others} beside it; remove them, as the base changes"
+        )
+    for name, module in found.items():
+        if module.lora_bias is not None and module.base.bias is None:
+            raise ValueError(f"merge: {name} must have a bias to merge lora_bias into, got a linear without")
+        largest = module.merged_weight().abs().max().item() if to == "float16" else 0.0
+        parts = (module.lora_a, module.lora_b, module.magnitude, module.lora_bias)
+        if not all(torch.isfinite(part).all() for part in parts if part is not None) or largest > 65504:
+            raise ValueError(f"merge: weights of {name} must be finite in {to or 'the result'}, got others")
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    out = model(tokens)
+    return out if isinstance(out, Tensor) else out.logits  # transformers' models return more
+
+
+def dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    """A frozen dense linear of this weight (N, K)."""
+    N, K = weight.shape
+    made = nn.Linear(K, N, bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    made.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return made

@@ -38,13 +38,13 @@ def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # (..., K) -> (..., N)
         "dropout": dropout,
         "seed": torch.randint(2**62, (1,), device=x.device) if dropout else None,
     }
-    lora = self.lora_A[name].weight, self.lora_B[name].weight
+    lora = {"lora_a": self.lora_A[name].weight, "lora_b": self.lora_B[name].weight, "bias": base.bias}
     if type(base) is nn.Linear:
-        return ops.lora_linear(x, base.weight, *lora, base.bias, **knobs)
+        return ops.lora_linear(x, base.weight, **lora, **knobs)
     if type(base) is NF4Linear:
-        return ops.nf4_lora_linear(x, base.weight, base.absmax, *lora, base.bias, **base.packed, **knobs)
+        return ops.nf4_lora_linear(x, **lora, **base.packed, **knobs)
     weight, absmax, packed = bitsandbytes_weight(base)
-    y = ops.nf4_lora_linear(x.to(compute_dtype(base, x)), weight, absmax, *lora, base.bias, **packed, **knobs)
+    y = ops.nf4_lora_linear(x.to(compute_dtype(base, x)), weight, absmax, **lora, **packed, **knobs)
     return y.to(x.dtype)
 
 

@@ -154,7 +154,8 @@ def why_stranger(module: nn.Module) -> str:
     own = vars(module).get("forward")
     if own is None:
         return f"{type(module).__name__} turns queries and keys in a way of its own"
-    return f"its forward was replaced already, by {getattr(own, '__module__', None) or type(own).__name__}"
+    place = getattr(own, "__globals__", {}).get("__name__")  # its __module__ may be that of what it wraps
+    return f"its forward was replaced already, by {place or type(own).__name__}"
 
 
 def bind(module: nn.Module, forward: Callable) -> None:
