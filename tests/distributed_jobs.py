@@ -6,6 +6,7 @@ with its arguments, `train:ddp`, and writes into the folder.
 """
 
 import os
+import runpy
 import signal
 import sys
 import traceback
@@ -140,6 +141,15 @@ def loops(folder: Path, name: str) -> None:
     import distributed_loops
 
     getattr(distributed_loops, name)(folder)
+
+
+def example(folder: Path, name: str) -> None:
+    """A script of examples/, twice: what its second start does after the checkpoint of the first must be the same."""
+    main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"))["main"]
+    arguments = [folder / name] if name == "fsdp2" else []
+    first, second = main(*arguments), main(*arguments)
+    assert first[-1] < first[0] - 0.5, first
+    assert second == (first[4:] if arguments else first), (first, second)
 
 
 def pair(folder: Path, jobs: str) -> list[int]:

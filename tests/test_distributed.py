@@ -18,6 +18,7 @@ from llamakern.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tests" / "distributed_jobs.py"
+LOOPS = ["loops:fsdp2,example:fsdp2", "loops:tensor_parallel,example:tensor_parallel"]
 
 
 def python(*words) -> subprocess.CompletedProcess:
@@ -41,14 +42,14 @@ def torchrun(*words) -> subprocess.CompletedProcess:
 def two(tmp_path_factory, tiny):
     """The folder in which two processes have done every job, with what they printed in output.txt."""
     folder = tmp_path_factory.mktemp("two")
-    pairs = {"loops:fsdp2": "0 0", "loops:tensor_parallel": "0 0"}
+    pairs = dict.fromkeys(LOOPS, "0 0")
     for kind in jobs.KINDS:
         pairs[f"killed:{kind}"] = "-9 -9"
         names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate")]
         pairs[",".join([*names, f"finetune:{tiny}:{kind}"])] = "0 0"
     done = python(SCRIPT, folder, *pairs)
     for name, codes in pairs.items():
-        if not name.startswith("loops"):
+        if name not in LOOPS:
             assert f"{name} {codes}\n" in done.stdout, done.stdout
     (folder / "output.txt").write_text(done.stdout)
     return folder
@@ -125,11 +126,13 @@ def test_the_gate_sees_every_tensor(two, kind):
         assert message.endswith(f"of zeros: {name}; no change: {name}"), message
 
 
-@pytest.mark.parametrize("loop", ["fsdp2", "tensor_parallel"])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_loops_of_ones_own(two, loop):
-    """Plain FSDP2 and tensor parallelism: the assertions stand in distributed_loops.py."""
+    """FSDP2 and tensor parallelism without the trainer: the assertions stand in distributed_loops.py."""
     output = (two / "output.txt").read_text()
-    assert f"loops:{loop} 0 0\n" in output, output
+    assert f"{loop} 0 0\n" in output, output
+    if "fsdp2" in loop:
+        assert load_file(two / "fsdp2" / "adapter" / "adapter_model.safetensors")
 
 
 def test_another_number_of_processes_is_refused(two):
