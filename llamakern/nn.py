@@ -1,6 +1,7 @@
 """Modules over the ops: RMSNorm, a linear whose weight stays in 4 bits, and LoRA around a linear."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,7 @@ def quantize_(module: nn.Module, *, block_size=64, double_quant=False, skip=("lm
         for name, child in parent.named_children():
             if type(child) is nn.Linear and name not in skip:
                 setattr(parent, name, NF4Linear.from_linear(child, block_size=block_size, double_quant=double_quant))
+    module.is_loaded_in_4bit = True  # what transformers' Trainer and PEFT's preparations look for
     return module
 
 
@@ -190,6 +192,7 @@ class LoRALinear(nn.Module):
     dora=True (arXiv 2402.09353, eq. 5) trains the length of each row: c = m / n, else c = 1. n (N,) are the norms of
     the rows of W + s·B A, a constant in the backward (section 4.3 there); magnitude m (N,) starts as those of W.
     With dropout, x̃ = drop(x), DoRA is PEFT's   y = x Wᵀ + (c - 1) ⊙ x̃ Wᵀ + c ⊙ s·x̃ Aᵀ Bᵀ + bias.
+    n costs one more pass over W in each call, so merge DoRA before generating much.
 
     In training each call draws its dropout seed from torch's generator; `torch.utils.checkpoint` restores that
     generator when it computes a block again, so the mask is the same. Beside parameters the backward keeps
@@ -231,7 +234,7 @@ class LoRALinear(nn.Module):
 
         n² = ‖W‖² + s·B (2·W Aᵀ + s·B A Aᵀ), row by row: the first term is kept, the others cost one pass over W.
         """
-        with torch.autocast(self.lora_a.device.type, enabled=False):
+        with without_autocast(self.lora_a.device):
             a, b = self.lora_a.float(), self.scale * self.lora_b.float()
             if isinstance(self.base, NF4Linear):
                 wa = ops.nf4_linear(a, **self.base.packed).mT
@@ -284,6 +287,10 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         kind = ", dora=True" if self.magnitude is not None else ", bias=True" if self.lora_bias is not None else ""
         return f"rank={self.lora_a.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}{kind}"
+
+
+def without_autocast(device: torch.device):
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)  # which knows no meta
 
 
 def lengths(squares: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands there."""
+"""The README's tables and its tree say what is there. Its code is run by test_docs.py."""
 
 import re
 from pathlib import Path
@@ -7,32 +7,29 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def test_ops_example_runs():
-    namespace = {}
-    exec(compile(BLOCKS[0], "README.md ops", "exec"), namespace)
-    assert namespace["lora_b"].grad.abs().max() > 0
-
-
-def test_fine_tuning_example_runs(tmp_path, monkeypatch, tiny):
-    """On a tiny model in place of the path that the example names."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "path/to").mkdir(parents=True)
-    (tmp_path / "path/to/llama").symlink_to(tiny / "base")
-    (tmp_path / "tasks.jsonl").symlink_to(tiny / "tasks.jsonl")
-    exec(compile(BLOCKS[1], "README.md fine-tuning", "exec"), {})
-    assert (tmp_path / "runs/mine/adapter/adapter_model.safetensors").exists()
+SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
 
 def test_tree_names_every_file():
-    """One line for each file of the package, its engines, bindings and benchmarks; none that is gone."""
+    """One line for each file of the package, engines, bindings, benchmarks, examples, tools; none for what is gone."""
     tree = README[README.index("## The tree") :]
-    for folder in ("llamakern", "csrc", "bindings", "benchmarks"):
-        for path in (ROOT / folder).rglob("*.*"):
-            if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"} and path.name != "__init__.py":
-                assert path.name in tree, f"README's tree lacks {path.relative_to(ROOT)}"
+    tree = tree[: tree.index("## Support")]
+    folders = ("llamakern", "csrc", "bindings", "benchmarks", "examples", "tools")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    files = {p.name: p for p in paths if p.suffix in SOURCES and p.name != "__init__.py"}
+    lacking = sorted(str(path.relative_to(ROOT)) for name, path in files.items() if not names(tree, name))
+    gone = sorted(word for word in re.findall(r"[\w<>]+\.(?:py|h|cpp|cu|cuh)\b", tree) if not exists(word, files))
+    assert not lacking, f"README's tree lacks a line for {', '.join(lacking)}"
+    assert not gone, f"README's tree names what is not there: {', '.join(gone)}"
+
+
+def names(tree: str, name: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(name)}\b", tree) is not None
+
+
+def exists(word: str, files: dict) -> bool:
+    tests = {path.name for path in (ROOT / "tests").glob("*.py")}
+    return word in files or word in tests or "<" in word or (ROOT / word).exists()
 
 
 def test_results_are_those_of_the_files(monkeypatch):
