@@ -160,7 +160,13 @@ def pair(folder: Path, jobs: str) -> list[int]:
     for rank in range(2):
         children.append(os.fork())
         if children[-1] == 0:
-            os.environ |= agent | {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
+            signal.alarm(120)  # the end of a process that hangs
+            os.environ |= agent | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "TORCHELASTIC_RUN_ID": "tests",
+            }
             try:
                 do(folder, jobs)
             except BaseException:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import distributed_jobs as jobs
+import distributed_loops as loops
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,13 +22,13 @@ SCRIPT = ROOT / "tests" / "distributed_jobs.py"
 LOOPS = ["loops:fsdp2,example:fsdp2", "loops:tensor_parallel,example:tensor_parallel"]
 
 
-def python(*words) -> subprocess.CompletedProcess:
-    """Killed with all its children after two minutes: nothing here may hang."""
+def python(*words, timeout=600) -> subprocess.CompletedProcess:
+    """Killed with all its children after `timeout` seconds: nothing here may hang."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([sys.executable, *map(str, words)], env=environment, start_new_session=True, **pipes)
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -35,7 +36,7 @@ def python(*words) -> subprocess.CompletedProcess:
 
 
 def torchrun(*words) -> subprocess.CompletedProcess:
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words)
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,20 @@ def test_loops_of_ones_own(two, loop):
     assert f"{loop} 0 0\n" in output, output
     if "fsdp2" in loop:
         assert load_file(two / "fsdp2" / "adapter" / "adapter_model.safetensors")
+
+
+def test_transformers_trainer(tmp_path):
+    for package in ("transformers", "peft", "accelerate"):
+        pytest.importorskip(package)
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    loops.transformers_trainer(folders[0])
+    done = python(SCRIPT, folders[1], "loops:transformers_trainer")
+    assert "loops:transformers_trainer 0 0\n" in done.stdout, done.stdout
+    one, two = (torch.tensor(json.loads((folder / "transformers.json").read_text())) for folder in folders)
+    assert one.shape == (4, 2)
+    torch.testing.assert_close(two, one, rtol=2e-3, atol=0)  # transformers logs rounded losses
 
 
 def test_another_number_of_processes_is_refused(two):
