@@ -36,9 +36,9 @@ def examples(n=13) -> list[Example]:
     return [Example(r, [False] * p + [True] * (len(r) - p), False, "") for r, p in zip(rows, prompts, strict=True)]
 
 
-def qlora(dropout=0.0, **knobs) -> Llama:
+def qlora(dropout=0.0, rank=4, **knobs) -> Llama:
     torch.manual_seed(1)
-    return peft.apply(quantize_(Llama(TINY), **knobs), peft.LoRAConfig(rank=4, dropout=dropout))
+    return peft.apply(quantize_(Llama(TINY), **knobs), peft.LoRAConfig(rank=rank, dropout=dropout))
 
 
 def make(out, kind, dropout=0.0, **config) -> Trainer:
@@ -54,6 +54,16 @@ def train(folder: Path, kind: str) -> None:
     peft.save(trainer.model, folder / kind / "adapter")
     if trainer.world.is_main:
         torch.save(result, folder / kind / "result.pt")
+
+
+def wrapped(folder: Path) -> None:
+    """DDP gives every process the adapter of process 0 and sends nothing of the frozen base."""
+    rank, model = int(os.environ["RANK"]), qlora()
+    linear = model.layers[0].mlp.up_proj
+    linear.base.weight[0, 0], linear.lora_a.data[0, 0] = 7 + rank, 7.0 + rank
+    Trainer(model, examples(), TrainConfig(**BASE), quiet=True)
+    assert linear.base.weight[0, 0] == 7 + rank
+    assert linear.lora_a[0, 0] == 7
 
 
 def killed(folder: Path, kind: str) -> None:
@@ -107,6 +117,11 @@ def not_finite(folder: Path, kind: str) -> None:
         trainer.train()
     except FloatingPointError as error:
         (folder / f"{kind}-nan-{trainer.world.rank}.txt").write_text(str(error))
+
+
+def thin(folder: Path, kind: str) -> None:
+    """With rank 1 process 1 has no row of A, and so no gradient of it: the gate must ask both."""
+    Trainer(qlora(rank=1), examples(), TrainConfig(**BASE | {"parallel": kind}), quiet=True).train()
 
 
 def finetune(folder: Path, base: str, kind: str) -> None:

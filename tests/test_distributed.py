@@ -44,9 +44,10 @@ def two(tmp_path_factory, tiny):
     """The folder in which two processes have done every job, with what they printed in output.txt."""
     folder = tmp_path_factory.mktemp("two")
     pairs = dict.fromkeys(LOOPS, "0 0")
+    pairs["wrapped"] = "0 0"
     for kind in jobs.KINDS:
         pairs[f"killed:{kind}"] = "-9 -9"
-        names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate")]
+        names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate", "thin")]
         pairs[",".join([*names, f"finetune:{tiny}:{kind}"])] = "0 0"
     done = python(SCRIPT, folder, *pairs)
     for name, codes in pairs.items():
