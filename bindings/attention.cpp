@@ -24,19 +24,29 @@ Heads<T> heads(const Tensor& x) {
   return {ptr<std::remove_const_t<T>>(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-void check_heads(const char* op, const Tensor& q, const char* k_name, const Tensor& k, const char* v_name,
-                 const Tensor& v) {
-  check(q.dim() == 4, op, ": q must have shape (B, T, H, D), got ", shape_text(q.sizes()));
+// What a door calls itself and its arguments.
+struct Names {
+  const char *op, *q, *k, *v, *mask;
+};
+constexpr Names kAttention{"attention", "q", "k", "v", "mask"};
+constexpr Names kTorchs{"scaled_dot_product_attention", "query", "key", "value", "attn_mask"};
+constexpr Names kBackward{"attention_backward", "q", "k", "v", "mask"};
+constexpr Names kDecode{"attention_decode", "q", "k_cache", "v_cache", "mask"};
+
+void check_heads(const Names& names, const Tensor& q, const Tensor& k, const Tensor& v) {
+  const auto [op, q_name, k_name, v_name, mask_name] = names;
+  check(q.dim() == 4, op, ": ", q_name, " must have shape (B, T, H, D), got ", shape_text(q.sizes()));
   check(k.dim() == 4, op, ": ", k_name, " must have 4 dimensions, got ", shape_text(k.sizes()));
   const int64_t H = q.size(2), D = q.size(3), Hkv = k.size(2);
-  check(D >= 1 && D <= kMaxHeadDim, op, ": q must have a head_dim of 1 to ", kMaxHeadDim, ", got ", D);
-  check(Hkv >= 1 && H % Hkv == 0, op, ": q must have a multiple of ", k_name, "'s ", Hkv, " heads, got ", H);
+  check(D >= 1 && D <= kMaxHeadDim, op, ": ", q_name, " must have a head_dim of 1 to ", kMaxHeadDim, ", got ", D);
+  check(Hkv >= 1 && H % Hkv == 0, op, ": ", q_name, " must have a multiple of ", k_name, "'s ", Hkv, " heads, got ", H);
   check_shape(op, k_name, k, {k.size(0), k.size(1), Hkv, D});
   check_shape(op, v_name, v, {k.size(0), k.size(1), Hkv, D});
-  check(q.size(1) * H < INT32_MAX && k.size(1) < INT32_MAX, op, ": q and ", k_name, " must have fewer than 2^31 rows");
+  check(q.size(1) * H < INT32_MAX && k.size(1) < INT32_MAX, op, ": ", q_name, " and ", k_name,
+        " must have fewer than 2^31 rows, got ", q.size(1) * H, " and ", k.size(1));
   for (const auto& [name, t] : {std::pair{k_name, &k}, {v_name, &v}}) {
-    check_same_dtype(op, name, *t, "q", q);
-    check_same_device(op, name, *t, "q", q);
+    check_same_dtype(op, name, *t, q_name, q);
+    check_same_device(op, name, *t, q_name, q);
   }
 }
 
@@ -47,9 +57,10 @@ Sight make_sight(const char* op, bool causal, bool top_left, MaybeInt window, Ma
   return {causal, top_left, min64(window.value_or(0), kAll), min64(chunk.value_or(0), kAll)};
 }
 
-Mask make_mask(const char* op, const MaybeTensor& mask, const Tensor& q, const Tensor& k) {
+Mask make_mask(const Names& names, const MaybeTensor& mask, const Tensor& q, const Tensor& k) {
+  const char *op = names.op, *name = names.mask;
   if (!mask) return {.kind = Mask::kNone, .data = nullptr, .batch = 0, .head = 0, .token = 0, .key = 0};
-  check_same_device(op, "mask", *mask, "q", q);
+  check_same_device(op, name, *mask, names.q, q);
   const int64_t want[4] = {q.size(0), q.size(2), q.size(1), k.size(1)}, missing = 4 - mask->dim();
   bool fits = missing >= 0;
   int64_t stride[4] = {};
@@ -58,8 +69,8 @@ Mask make_mask(const char* op, const MaybeTensor& mask, const Tensor& q, const T
     fits = size == want[i] || size == 1;
     stride[i] = size == 1 ? 0 : mask->stride(i - missing);
   }
-  check(fits, op, ": mask must be broadcastable to [", want[0], ", ", want[1], ", ", want[2], ", ", want[3], "], got ",
-        shape_text(mask->sizes()));
+  check(fits, op, ": ", name, " must be broadcastable to [", want[0], ", ", want[1], ", ", want[2], ", ", want[3],
+        "], got ", shape_text(mask->sizes()));
   Mask m{.kind = Mask::kBool,
          .data = mask->const_data_ptr(),
          .batch = stride[0],
@@ -70,8 +81,9 @@ Mask make_mask(const char* op, const MaybeTensor& mask, const Tensor& q, const T
     case ScalarType::Bool: m.kind = Mask::kBool; break;
     case ScalarType::Float: m.kind = Mask::kFloat; break;
     case ScalarType::BFloat16: m.kind = Mask::kBfloat16; break;
+    case ScalarType::Half: m.kind = Mask::kFloat16; break;
     default:
-      throw_type_error(std::string(op) + ": mask must be bool, float32 or bfloat16, got " +
+      throw_type_error(std::string(op) + ": " + name + " must be bool, float32, bfloat16 or float16, got " +
                        dtype_name(mask->scalar_type()));
   }
   return m;
@@ -93,11 +105,12 @@ Tensor check_starts(const char* op, const char* name, const Tensor& starts, cons
   return flat;
 }
 
-Call make_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, bool causal,
-               MaybeFloat scale, MaybeInt window, MaybeInt chunk, const MaybeTensor& cu_seqlens_q,
+Call make_call(const Names& names, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask,
+               bool causal, MaybeFloat scale, MaybeInt window, MaybeInt chunk, const MaybeTensor& cu_seqlens_q,
                const MaybeTensor& cu_seqlens_k, bool top_left) {
-  check_heads(op, q, "k", k, "v", v);
-  check_shape(op, "k", k, {q.size(0), k.size(1), k.size(2), q.size(3)});
+  const char* op = names.op;
+  check_heads(names, q, k, v);
+  check_shape(op, names.k, k, {q.size(0), k.size(1), k.size(2), q.size(3)});
   Call call{.q = inner_contiguous(q),
             .k = inner_contiguous(k),
             .v = inner_contiguous(v),
@@ -108,7 +121,7 @@ Call make_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v
             .block_table = std::nullopt,
             .sight = make_sight(op, causal, top_left, window, chunk),
             .scale = scale ? float(*scale) : default_scale(q.size(3))};
-  check(cu_seqlens_q || !cu_seqlens_k, op, ": cu_seqlens_k must come with cu_seqlens_q");
+  check(cu_seqlens_q || !cu_seqlens_k, op, ": cu_seqlens_q must be given with cu_seqlens_k, got None");
   if (cu_seqlens_q) {
     check(q.size(0) == 1, op, ": q must have B = 1 where cu_seqlens_q is given, got ", q.size(0));
     call.starts_q = check_starts(op, "cu_seqlens_q", *cu_seqlens_q, q, q.size(1));
@@ -119,7 +132,7 @@ Call make_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v
 }
 
 template <typename T>
-Attended<T> attended(const char* op, const Call& c) {
+Attended<T> attended(const Names& names, const Call& c) {
   const int64_t B = c.q.size(0), width = c.block_table ? c.block_table->size(1) : 0;
   return {.q = heads<const T>(c.q),
           .k = heads<const T>(c.k),
@@ -130,7 +143,7 @@ Attended<T> attended(const char* op, const Call& c) {
           .block_table = cptr<int32_t>(c.block_table),
           .table_width = width,
           .block = c.k.size(1),
-          .mask = make_mask(op, c.mask, c.q, c.k),
+          .mask = make_mask(names, c.mask, c.q, c.k),
           .sight = c.sight,
           .scale = c.scale,
           .sequences = c.starts_q ? c.starts_q->size(0) - 1 : B,
@@ -141,12 +154,12 @@ Attended<T> attended(const char* op, const Call& c) {
           .D = c.q.size(3)};
 }
 
-std::tuple<Tensor, Tensor> forward(const char* op, const Call& call) {
+std::tuple<Tensor, Tensor> forward(const Names& names, const Call& call) {
   const int64_t B = call.q.size(0), T_ = call.q.size(1), H = call.q.size(2), D = call.q.size(3);
   const Tensor y = empty({B, T_, H, D}, call.q.scalar_type(), call.q);
   const Tensor lse = empty({B, H, T_}, ScalarType::Float, call.q);
-  dispatch_float(op, "q", call.q, [&]<typename T>() {
-    run(AttentionForward<T>{.y = heads<T>(y), .lse = ptr<float>(lse), .in = attended<T>(op, call)});
+  dispatch_float(names.op, names.q, call.q, [&]<typename T>() {
+    run(AttentionForward<T>{.y = heads<T>(y), .lse = ptr<float>(lse), .in = attended<T>(names, call)});
   });
   return {y, lse};
 }
@@ -154,8 +167,9 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Call& call) {
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, MaybeTensor mask, bool causal,
                                      MaybeFloat scale, MaybeInt window, MaybeInt chunk, MaybeTensor cu_seqlens_q,
                                      MaybeTensor cu_seqlens_k, bool top_left) {
-  constexpr auto op = "attention";
-  return forward(op, make_call(op, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, top_left));
+  const Names& names = top_left ? kTorchs : kAttention;
+  return forward(names,
+                 make_call(names, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, top_left));
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTensor dlse, const Tensor& q,
@@ -164,8 +178,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTen
                                                       MaybeFloat scale, MaybeInt window, MaybeInt chunk,
                                                       MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k,
                                                       bool top_left) {
-  constexpr auto op = "attention_backward";
-  const Call call = make_call(op, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, top_left);
+  const char* op = kBackward.op;
+  const Call call =
+      make_call(kBackward, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, top_left);
   const int64_t B = q.size(0), T_ = q.size(1), S = k.size(1), H = q.size(2), Hkv = k.size(2), D = q.size(3);
   for (const auto& [name, t] : {std::pair{"dy", &dy}, {"y", &y}}) {
     check_shape(op, name, *t, {B, T_, H, D});
@@ -190,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTen
                              .dy = heads<const T>(dy_),
                              .lse = cptr<float>(lse_),
                              .dlse = cptr<float>(dlse_),
-                             .in = attended<T>(op, call)});
+                             .in = attended<T>(kBackward, call)});
   });
   return {dq, dk, dv};
 }
@@ -214,7 +229,7 @@ Cache check_cache(const char* op, const Tensor& k_cache, const Tensor& lengths, 
     check(block_table->dim() == 2, op, ": block_table must have shape (B, max_blocks), got ",
           shape_text(block_table->sizes()));
     check_shape(op, "block_table", *block_table, {B, block_table->size(1)});
-    check(block >= 1, op, ": k_cache must have blocks of at least one token");
+    check(block >= 1, op, ": k_cache must have blocks of at least one token, got ", block);
     cache.block_table = as_contiguous(*block_table);
     most *= block_table->size(1);
   } else {
@@ -234,19 +249,19 @@ Cache check_cache(const char* op, const Tensor& k_cache, const Tensor& lengths, 
 
 Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
                         MaybeTensor block_table, MaybeInt window, MaybeInt chunk, MaybeFloat scale) {
-  constexpr auto op = "attention_decode";
-  check_heads(op, q, "k_cache", k_cache, "v_cache", v_cache);
+  const char* op = kDecode.op;
+  check_heads(kDecode, q, k_cache, v_cache);
   const Cache cache = check_cache(op, k_cache, lengths, block_table, q.size(0), 0);
-  return std::get<0>(forward(op, Call{.q = inner_contiguous(q),
-                                      .k = inner_contiguous(k_cache),
-                                      .v = inner_contiguous(v_cache),
-                                      .mask = std::nullopt,
-                                      .starts_q = std::nullopt,
-                                      .starts_k = std::nullopt,
-                                      .lengths = cache.lengths,
-                                      .block_table = cache.block_table,
-                                      .sight = make_sight(op, true, false, window, chunk),
-                                      .scale = scale ? float(*scale) : default_scale(q.size(3))}));
+  return std::get<0>(forward(kDecode, Call{.q = inner_contiguous(q),
+                                           .k = inner_contiguous(k_cache),
+                                           .v = inner_contiguous(v_cache),
+                                           .mask = std::nullopt,
+                                           .starts_q = std::nullopt,
+                                           .starts_k = std::nullopt,
+                                           .lengths = cache.lengths,
+                                           .block_table = cache.block_table,
+                                           .sight = make_sight(op, true, false, window, chunk),
+                                           .scale = scale ? float(*scale) : default_scale(q.size(3))}));
 }
 
 void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
@@ -263,7 +278,8 @@ void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
     check_same_device(op, name, *t, "k_cache", k_cache);
   }
   for (const auto& [name, t] : {std::pair{"k_cache", &k_cache}, {"v_cache", &v_cache}})
-    check(D <= 1 || t->stride(3) == 1, op, ": ", name, " must have a contiguous last dimension");
+    check(D <= 1 || t->stride(3) == 1, op, ": ", name, " must have a contiguous last dimension, got a stride of ",
+          t->stride(3));
   const Cache cache = check_cache(op, k_cache, lengths, block_table, B, T_);
   const Tensor k_ = inner_contiguous(k), v_ = inner_contiguous(v);
   dispatch_float(op, "k_cache", k_cache, [&]<typename T>() {

@@ -50,15 +50,16 @@ void dispatch_lora(const char* op, const char* name, const Tensor& x, const Adap
   });
 }
 
-Two lora_linear(const Tensor& base_, const Tensor& x_, const Tensor& w, const Tensor& lora_a, const Tensor& lora_b,
-                MaybeTensor seed, double scale, double dropout) {
+Two lora_linear(const Tensor& base_, const Tensor& x_, const Tensor& w_, const Tensor& lora_a, const Tensor& lora_b,
+                MaybeTensor bias_, MaybeTensor seed, double scale, double dropout) {
   const char* op = "lora_linear";
-  check(w.dim() == 2, op, ": w must have shape (N, K), got ", shape_text(w.sizes()));
-  const int64_t N = w.size(0), K = w.size(1);
+  check(w_.dim() == 2, op, ": w must have shape (N, K), got ", shape_text(w_.sizes()));
+  const int64_t N = w_.size(0), K = w_.size(1);
   const Rows x = rows_of(op, "x", "K", x_, K);
-  check_same_dtype(op, "w", w, "x", x_);
+  check_same_dtype(op, "w", w_, "x", x_);
   check_same_dtype(op, "base", base_, "x", x_);
-  const Tensor base = as_contiguous(base_);
+  const Tensor base = as_contiguous(base_), w = as_contiguous(w_);
+  const MaybeTensor bias = parameter(op, "bias", bias_, {N}, x_);
   check(base.numel() == x.M * N, op, ": base must have shape (..., N) like x, got ", shape_text(base.sizes()));
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x_);
   const Tensor y = empty_rows(x_, N, x_.scalar_type()), h = empty({x.M, adapter.R}, ScalarType::Float, x_);
@@ -68,6 +69,8 @@ Two lora_linear(const Tensor& base_, const Tensor& x_, const Tensor& w, const Te
                          .base = cptr<T>(base),
                          .x = cptr<T>(x.t),
                          .x_row = x.stride,
+                         .w = cptr<T>(w),
+                         .bias = either<T>(bias),
                          .lora = adapter.get<P>(),
                          .M = x.M,
                          .N = N,
@@ -161,8 +164,8 @@ Three nf4_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& 
 STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
   define_op(
       m, "lora_linear",
-      "(Tensor base, Tensor x, Tensor w, Tensor lora_a, Tensor lora_b, Tensor? seed, float scale, float dropout) -> "
-      "(Tensor, Tensor)");
+      "(Tensor base, Tensor x, Tensor w, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, float scale, float "
+      "dropout) -> (Tensor, Tensor)");
   define_op(
       m, "nf4_lora_linear",
       "(Tensor x, Tensor weight, Tensor absmax, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? absmax_scale, "

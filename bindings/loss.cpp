@@ -60,7 +60,8 @@ Three linear_cross_entropy(const Tensor& h, const Tensor& w_head, const Tensor& 
   const char* op = "linear_cross_entropy";
   const Tensor labels = as_contiguous(labels_);
   check_inputs(op, h, w_head, labels, ignore_index, reduction);
-  check(reduction != 0 || !(with_dh || with_dw), op, ": with_dh and with_dw must be False where nothing is reduced");
+  check(reduction != 0 || !(with_dh || with_dw), op,
+        ": with_dh and with_dw must be False where nothing is reduced, got True");
   const Tensor loss = reduction == 0 ? empty(labels.sizes(), ScalarType::Float, h) : empty({}, ScalarType::Float, h);
   const Tensor dh = gradient_of(h, with_dh), dw = gradient_of(w_head, with_dw);
   launch(op, loss, if_wanted(dh, with_dh), if_wanted(dw, with_dw), h, w_head, labels, std::nullopt, ignore_index,

@@ -24,10 +24,10 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& w_, int64_t block_size) {
 }
 
 Tensor nf4_dequantize(const Tensor& weight, const Tensor& absmax, MaybeTensor absmax_scale, MaybeTensor absmax_offset,
-                      int64_t N, int64_t K, int64_t block_size, bool bf16) {
+                      int64_t N, int64_t K, int64_t block_size, ScalarType dtype) {
   const Nf4Weight from("nf4_dequantize", weight, absmax, absmax_scale, absmax_offset, N, K, block_size);
-  const Tensor w = empty({N, K}, bf16 ? ScalarType::BFloat16 : ScalarType::Float, weight);
-  dispatch_float("nf4_dequantize", "w", w,
+  const Tensor w = empty({N, K}, dtype, weight);
+  dispatch_float("nf4_dequantize", "dtype", w,
                  [&]<typename T>() { run(Nf4Dequantize<T>{.w = ptr<T>(w), .from = from.matrix}); });
   return w;
 }
@@ -86,7 +86,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
   m.def(
       "nf4_dequantize(Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int N, int K, int "
       "block_size, "
-      "bool bf16) -> Tensor");
+      "ScalarType dtype) -> Tensor");
   m.def("nf4_double_quantize(Tensor absmax, Tensor absmax_offset) -> (Tensor, Tensor)");
   define_op(m, "nf4_linear",
             "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, Tensor? absmax_scale, Tensor? absmax_offset, int "

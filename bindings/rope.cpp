@@ -28,7 +28,7 @@ Angles check_angles(const char* op, const Tensor& q, const Tensor& k, const Tens
   if (cos.dim() == 3) {
     check_shape(op, "cos", cos, {B, T, D / 2});
     check_shape(op, "sin", sin, {B, T, D / 2});
-    check(!positions, op, ": positions must be None where cos has a row for each token");
+    check(!positions, op, ": positions must be None where cos has a row for each token, got a tensor");
   } else {
     check_shape(op, "cos", cos, {cos.size(0), D / 2});
     check_shape(op, "sin", sin, {cos.size(0), D / 2});

@@ -137,8 +137,9 @@ void dispatch_float(const char* op, const char* name, const Tensor& t, Fn&& fn) 
   switch (t.scalar_type()) {
     case ScalarType::Float: return fn.template operator()<float>();
     case ScalarType::BFloat16: return fn.template operator()<bfloat16>();
+    case ScalarType::Half: return fn.template operator()<float16>();
     default:
-      throw_type_error(std::string(op) + ": " + name + " must be float32 or bfloat16, got " +
+      throw_type_error(std::string(op) + ": " + name + " must be float32, bfloat16 or float16, got " +
                        dtype_name(t.scalar_type()));
   }
 }

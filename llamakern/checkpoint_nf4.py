@@ -30,15 +30,16 @@ def pack(linear: NF4Linear, dtype: torch.dtype) -> dict[str, Tensor]:
         "dtype": str(dtype).removeprefix("torch."),
         "shape": [linear.out_features, linear.in_features],
     }
+    packed = linear.packed
     tensors = {
-        ".weight": linear.weight.detach().reshape(-1, 1),
-        ".weight.absmax": linear.absmax.detach().flatten(),
+        ".weight": packed["weight"].detach().reshape(-1, 1),
+        ".weight.absmax": packed["absmax"].detach().flatten(),
         ".weight.quant_map": torch.tensor(CODEBOOK),
     }
     if linear.double_quant:
         state |= {"nested_blocksize": ABSMAX_BLOCK, "nested_dtype": "float32"}
         state |= {"nested_offset": linear.absmax_offset.item()}
-        tensors[".weight.nested_absmax"] = linear.absmax_scale.detach()
+        tensors[".weight.nested_absmax"] = packed["absmax_scale"].detach()
         tensors[".weight.nested_quant_map"] = dynamic_map().clone()  # one per file entry: safetensors refuses to share
     tensors[".weight" + STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors

@@ -34,6 +34,7 @@ def save_pretrained(model: Llama, path, *, max_shard_bytes: int = 5_000_000_000)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     try:
+        write_json(stage / CONFIG, config)
         shards = split(tensors, max_shard_bytes)
         files = ["model.safetensors"]
         if len(shards) > 1:
@@ -41,12 +42,12 @@ def save_pretrained(model: Llama, path, *, max_shard_bytes: int = 5_000_000_000)
         for file, names in zip(files, shards, strict=True):
             shard = {name: tensors[name].contiguous() for name in names}
             save_file(shard, stage / file, metadata={"format": "pt"})
+            shutil.copymode(stage / CONFIG, stage / file)  # safetensors hides its files from other users
             sync(stage / file)
         if len(shards) > 1:
             total = sum(t.nbytes for t in tensors.values())
             weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
             write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        write_json(stage / CONFIG, config)
         take_place(stage, folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

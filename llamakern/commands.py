@@ -92,18 +92,16 @@ def generate(arguments) -> None:
 
 
 def prompt_template(arguments) -> tuple[chat.Template | None, tuple[int, ...] | None]:
-    """The template of --chat, or of the adapter or merged model, and the end ids stored with it."""
+    """The template of --chat, or that of the adapter or merged model with its end ids; None for what there is not."""
     prompt = read_prompt(arguments.adapter or job.source_path(arguments.base))
     if prompt and arguments.chat:
-        raise ValueError(f"generate: chat must go without a template of the model's own, got {arguments.chat}")
+        raise ValueError(f"generate: chat must be left out where prompt.json names a template, got {arguments.chat}")
     if prompt:
         return chat.from_prompt(prompt)
     if arguments.chat:
         return chat.TEMPLATES[arguments.chat], None
     if arguments.input or arguments.system:
-        raise ValueError(
-            "generate: input and system must go with a prompt template, got no chat and none in an adapter"
-        )
+        raise ValueError("generate: input and system must go with a prompt template, got no --chat and no prompt.json")
     return None, None
 
 

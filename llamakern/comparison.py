@@ -4,6 +4,7 @@ A difference means nothing alone: bfloat16 keeps eight bits, and two right ways 
 So each difference stands beside what low precision itself changes in the first model.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from llamakern.data import IGNORED, Batch
 
 LOW = (torch.bfloat16, torch.float16)
+# A result is as good as another where its error is at most 2 times the other's at worst and 1.5 times in the mean; the
+# difference of the two holds both errors.
+WORST, MEAN = 1 + 2, 1 + 1.5
 SHOWN = 12  # gradient rows of a printed table
 CHUNK = 1 << 22  # numbers compared at a time
 
@@ -30,11 +34,11 @@ class Row(NamedTuple):
     noise_mean: float
 
     @property
-    def ratio(self) -> float:
-        """The difference in units of the noise: the larger of the two quotients."""
-        pairs = ((self.worst, self.noise_worst), (self.mean, self.noise_mean))
-        ratios = [a / b if b > 0 else a * float("inf") if a else 0.0 for a, b in pairs]
-        return float("nan") if any(r != r for r in ratios) else max(ratios)
+    def share(self) -> float:
+        """How much of what is allowed the difference takes, for its worst or its mean, whichever is more."""
+        pairs = ((self.worst, WORST * self.noise_worst), (self.mean, MEAN * self.noise_mean))
+        shares = [x / limit if limit > 0 else x * math.inf if x else 0.0 for x, limit in pairs]
+        return math.nan if any(map(math.isnan, shares)) else max(shares)
 
 
 @dataclass
@@ -56,28 +60,31 @@ class Comparison:
     def rows(self) -> dict[str, Row]:
         return {"logits": self.logits, "loss": self.loss, **self.gradients}
 
-    def within(self, factor: float) -> bool:
-        """Whether every tensor was compared and no difference, worst or mean, exceeds `factor` times its noise."""
-        return not self.unmatched and all(row.ratio <= factor for row in self.rows.values())
+    def within(self, share: float) -> bool:
+        """Whether every tensor was compared and takes at most this share of what is allowed."""
+        return not self.unmatched and all(row.share <= share for row in self.rows.values())
 
     @property
     def ok(self) -> bool:
-        """Within twice the noise: two right ways to round lie up to twice their error apart. False where nan is met."""
-        return self.within(2.0)
+        """Whether the differences are low precision's: each at most 3 times its noise at worst, 2.5 in the mean.
+
+        That is a's own error, and one of b at most 2 and 1.5 times as large. False where nan is met.
+        """
+        return self.within(1.0)
 
     def __str__(self) -> str:
         noise = str(self.dtype).removeprefix("torch.")
-        shown = sorted(self.gradients, key=lambda name: -abs(self.gradients[name].ratio))[:SHOWN]
+        shown = sorted(self.gradients, key=lambda name: nan_is_most(self.gradients[name].share), reverse=True)[:SHOWN]
         width = max(8, *(len(name) for name in shown)) if shown else 8
-        lines = [f"{'':{width}}  {'worst':>9} {'mean':>9} | {noise:>9} noise, mean | times the noise"]
+        lines = [f"{'':{width}}  {'worst':>9} {'mean':>9} | {noise:>9} noise, mean | of what is allowed"]
         for name in ("logits", "loss", *shown):
             r = self.rows[name]
             numbers = f"{r.worst:9.1e} {r.mean:9.1e} | {r.noise_worst:9.1e} {r.noise_mean:11.1e}"
-            lines.append(f"{name:{width}}  {numbers} | {r.ratio:.3g}")
+            lines.append(f"{name:{width}}  {numbers} | {r.share:.2%}")
         if len(self.gradients) > len(shown):
-            lines.append(f"and {len(self.gradients) - len(shown)} gradients with lower ratios")
+            lines.append(f"and {len(self.gradients) - len(shown)} gradients with smaller shares")
         lines += [f"not compared, only one model trains it: {name}" for name in self.unmatched]
-        verdict = "every difference is within twice the noise" if self.ok else "NOT THE SAME beyond the noise"
+        verdict = "every difference is within the noise" if self.ok else "NOT THE SAME beyond the noise"
         lines.append(f"loss {self.losses[0]:.6f} and {self.losses[1]:.6f}: {verdict}")
         return "\n".join(lines)
 
@@ -284,6 +291,10 @@ def compare(ours: Run, theirs: Run, names, rounding: torch.finfo | None = None) 
     pairs = {"logits": (ours.logits, theirs.logits)}
     pairs |= {name: (ours.gradients[name], theirs.gradients[name]) for name in names}
     return {name: difference(x, y, rounding) for name, (x, y) in pairs.items()}
+
+
+def nan_is_most(x: float) -> float:
+    return math.inf if math.isnan(x) else x
 
 
 def difference(x: Tensor, y: Tensor, rounding: torch.finfo | None = None) -> tuple[float, float]:

@@ -57,8 +57,15 @@ class LlamaConfig:
             raise ValueError(f"config: rope_layout must be 'half' or 'interleaved', got {self.rope_layout!r}")
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
+            if not _is_positive(value):
                 raise ValueError(f"config: {name} must be a positive number, got {value!r}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ValueError(f"config: tie_embeddings must be true or false, got {self.tie_embeddings!r}")
+        for name in ("bos_id", "eos_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(type(i) is int for i in ids):
+                raise ValueError(f"config: {name} must be a token id, several or none, got {value!r}")
 
     @classmethod
     def preset(cls, name: str) -> "LlamaConfig":
@@ -78,7 +85,9 @@ class LlamaConfig:
             raise ValueError(
                 f"config: config.json must hold {', '.join(HF_REQUIRED)}, got none of {', '.join(missing)}"
             )
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"config: rope_parameters and rope_scaling must be objects, got {rope!r}")
         max_seq_len = hf.get("max_position_embeddings", 2048)
         eos_id = hf.get("eos_token_id", 2)
         return cls(
@@ -139,8 +148,14 @@ HF_FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False
 
 
 def _check_positive(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if type(value) is not int or value < 1:
         raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
+    if value >= 2**31:  # products of two such sizes still fit in 64 bits
+        raise ValueError(f"config: {name} must be below 2^31, got {value}")
+
+
+def _is_positive(value):
+    return type(value) in (int, float) and 0 < value <= 1e300
 
 
 def _rope_scaling(rope: dict, max_seq_len: int) -> RopeScaling | None:
@@ -151,7 +166,7 @@ def _rope_scaling(rope: dict, max_seq_len: int) -> RopeScaling | None:
         raise ValueError(f"config: rope_type must be 'default' or 'llama3', got {kind!r}")
     factors = ("factor", "low_freq_factor", "high_freq_factor")
     numbers = [rope.get(name) for name in factors] + [rope.get("original_max_position_embeddings", max_seq_len)]
-    if not all(isinstance(n, int | float) and n > 0 for n in numbers):
+    if not all(_is_positive(n) for n in numbers):
         raise ValueError(f"config: rope_scaling must hold {', '.join(factors)} as positive numbers, got {rope}")
     return RopeScaling(*numbers)
 

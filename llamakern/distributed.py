@@ -112,8 +112,9 @@ def wrap(model: nn.Module, kind: str, world: World) -> nn.Module:
 def shard(model: nn.Module, *, device_type: str = "cpu", **knobs) -> nn.Module:
     """The model itself, sharded by FSDP2 (`fully_shard`) over all processes: a group per block, the rest in one.
 
-    knobs go to fully_shard, for example mp_policy. Frozen scalars (the offsets of double quantisation) stay whole,
-    since FSDP2 takes none. ValueError for a trainable scalar, from torch.
+    knobs go to fully_shard. Frozen scalars (the offsets of double quantisation) stay whole, since FSDP2 takes none; for
+    a trainable one torch raises ValueError. An mp_policy needs cast_forward_inputs=False, because angles stay float32,
+    and `NF4Linear.store_(param_dtype)`, because packed weights must not be cast.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

@@ -1,6 +1,7 @@
 """Modules over the ops: RMSNorm, a linear whose weight stays in 4 bits, and LoRA around a linear."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +41,14 @@ class NF4Linear(nn.Linear):
     absmax_scale   float32  (ceil(blocks/256),)      with double_quant (section 3 there), else None
     absmax_offset  float32  ()                       with double_quant, else None
 
-    The constructor leaves them unset, for `load_state_dict`; `from_linear` and `from_weight` fill them.
+    The constructor leaves them unset, for `load_state_dict`; `from_linear` and `from_weight` fill them. `store_` keeps
+    their bytes under another dtype, `storage_dtype`.
     """
 
     def __init__(self, in_features, out_features, bias=False, *, block_size=64, double_quant=False, device=None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.block_size, self.double_quant = block_size, double_quant
+        self.block_size, self.double_quant, self.storage_dtype = block_size, double_quant, None
         numel = in_features * out_features
         blocks = -(-numel // block_size)
         rows = in_features % block_size == 0
@@ -88,34 +90,66 @@ class NF4Linear(nn.Linear):
 
     @property
     def packed(self) -> dict:
-        """What every nf4 op wants to know beside weight and absmax."""
+        """What every nf4 op wants to know of the weight. TypeError if a cast has reached what is packed."""
         return {
+            "weight": self._read("weight", torch.uint8),
+            "absmax": self._read("absmax", torch.uint8 if self.double_quant else torch.float32),
             "block_size": self.block_size,
             "shape": self.shape,
-            "absmax_scale": self.absmax_scale,
+            "absmax_scale": self._read("absmax_scale", torch.float32) if self.double_quant else None,
             "absmax_offset": self.absmax_offset,
         }
 
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        stored, wanted = getattr(self, name), self.storage_dtype or dtype
+        if stored.dtype != wanted:
+            names = [str(d).removeprefix("torch.") for d in (wanted, stored.dtype)]
+            raise TypeError(
+                f"nf4_linear: {name} must be kept as {names[0]}, got {names[1]}; "
+                "under FSDP2's mixed precision call store_(param_dtype) first"
+            )
+        return stored if wanted == dtype else stored.view(dtype)
+
+    def store_(self, dtype: torch.dtype | None) -> "NF4Linear":
+        """Views the bytes of weight, absmax and absmax_scale as parameters of `dtype`; None: as what they are.
+
+        For FSDP2. Before torch 2.13 it takes floating-point parameters only, and its MixedPrecisionPolicy casts every
+        float32 one, unless it has param_dtype already: bfloat16 or float16. Results stay the same to the last bit.
+        ValueError for another dtype, or if a row has an odd number of bytes (an odd number of blocks and double_quant).
+        """
+        if dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"nf4_linear: storage_dtype must be bfloat16, float16 or None, got {dtype}")
+        names = ("weight", "absmax", "absmax_scale") if self.double_quant else ("weight", "absmax")
+        plain = {name: self.packed[name].detach() for name in names}
+        odd = [n for n, t in plain.items() if dtype and t.shape[-1] * t.element_size() % dtype.itemsize]
+        if odd:
+            raise ValueError(f"nf4_linear: {odd[0]} must have an even number of bytes in a row to be kept as {dtype}")
+        for name, tensor in plain.items():
+            setattr(self, name, _frozen(tensor.view(dtype) if dtype else tensor))
+        self.storage_dtype = dtype
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
-        return ops.nf4_linear(x, self.weight, self.absmax, self.bias, **self.packed)
+        return ops.nf4_linear(x, bias=self.bias, **self.packed)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as a dense (N, K) tensor."""
-        return ops.nf4_dequantize(self.weight, self.absmax, **self.packed, dtype=dtype)
+        return ops.nf4_dequantize(**self.packed, dtype=dtype)
 
     def row_blocks(self) -> Iterator[Tensor]:
         """W from top to bottom in float32, some rows at a time; flat bytes come as one block."""
         if self.weight.dim() == 1:
             yield self.dequantize()
             return
+        packed = self.packed
         scales = self.in_features // self.block_size  # absmax values of a row; ROWS rows fill whole blocks of them
         for first in range(0, self.out_features, ROWS):
             last = min(first + ROWS, self.out_features)
-            nested = self.absmax_scale
+            nested = packed["absmax_scale"]
             if nested is not None:
                 nested = nested[first * scales // ABSMAX_BLOCK : -(-last * scales // ABSMAX_BLOCK)]
-            knobs = self.packed | {"shape": None, "absmax_scale": nested}
-            yield ops.nf4_dequantize(self.weight[first:last], self.absmax[first:last], **knobs)
+            rows = {name: packed[name][first:last] for name in ("weight", "absmax")}
+            yield ops.nf4_dequantize(**packed | rows | {"absmax_scale": nested})
 
     def reset_parameters(self) -> None:
         """Nothing: a packed weight has no random start."""
@@ -142,6 +176,7 @@ def quantize_(module: nn.Module, *, block_size=64, double_quant=False, skip=("lm
         for name, child in parent.named_children():
             if type(child) is nn.Linear and name not in skip:
                 setattr(parent, name, NF4Linear.from_linear(child, block_size=block_size, double_quant=double_quant))
+    module.is_loaded_in_4bit = True  # what transformers' Trainer and PEFT's preparations look for
     return module
 
 
@@ -157,6 +192,7 @@ class LoRALinear(nn.Module):
     dora=True (arXiv 2402.09353, eq. 5) trains the length of each row: c = m / n, else c = 1. n (N,) are the norms of
     the rows of W + s·B A, a constant in the backward (section 4.3 there); magnitude m (N,) starts as those of W.
     With dropout, x̃ = drop(x), DoRA is PEFT's   y = x Wᵀ + (c - 1) ⊙ x̃ Wᵀ + c ⊙ s·x̃ Aᵀ Bᵀ + bias.
+    n costs one more pass over W in each call, so merge DoRA before generating much.
 
     In training each call draws its dropout seed from torch's generator; `torch.utils.checkpoint` restores that
     generator when it computes a block again, so the mask is the same. Beside parameters the backward keeps
@@ -198,10 +234,10 @@ class LoRALinear(nn.Module):
 
         n² = ‖W‖² + s·B (2·W Aᵀ + s·B A Aᵀ), row by row: the first term is kept, the others cost one pass over W.
         """
-        with torch.autocast(self.lora_a.device.type, enabled=False):
+        with without_autocast(self.lora_a.device):
             a, b = self.lora_a.float(), self.scale * self.lora_b.float()
             if isinstance(self.base, NF4Linear):
-                wa = ops.nf4_linear(a, self.base.weight, self.base.absmax, **self.base.packed).mT
+                wa = ops.nf4_linear(a, **self.base.packed).mT
             else:
                 wa = torch.cat([F.linear(rows, a) for rows in row_blocks(self.base)])
             squares = self._base_squares() + (b * (2 * wa + b @ (a @ a.mT))).sum(1)
@@ -225,15 +261,13 @@ class LoRALinear(nn.Module):
     def _adapted(self, x: Tensor, bias: Tensor | None, **knobs) -> Tensor:
         base, knobs = self.base, {"scale": self.scale, **knobs}
         if isinstance(base, NF4Linear):
-            return ops.nf4_lora_linear(
-                x, base.weight, base.absmax, self.lora_a, self.lora_b, bias, **base.packed, **knobs
-            )
+            return ops.nf4_lora_linear(x, lora_a=self.lora_a, lora_b=self.lora_b, bias=bias, **base.packed, **knobs)
         return ops.lora_linear(x, base.weight, self.lora_a, self.lora_b, bias, **knobs)
 
     def _unbiased(self, x: Tensor) -> Tensor:
         base = self.base
         if isinstance(base, NF4Linear):
-            return ops.nf4_linear(x, base.weight, base.absmax, **base.packed)
+            return ops.nf4_linear(x, **base.packed)
         return F.linear(x, base.weight)
 
     def _base_squares(self) -> Tensor:
@@ -253,6 +287,10 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         kind = ", dora=True" if self.magnitude is not None else ", bias=True" if self.lora_bias is not None else ""
         return f"rank={self.lora_a.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}{kind}"
+
+
+def without_autocast(device: torch.device):
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)  # which knows no meta
 
 
 def lengths(squares: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def read_yaml(file: str | Path) -> dict:
         raise FileNotFoundError(f"settings: config must be a YAML file, got {file}")
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"settings: {file} must be YAML, got {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"settings: {file} must hold key: value lines, got {type(values).__name__}")
@@ -62,7 +62,7 @@ def convert(key: str, value: object, kind: object):
     base = typing.get_origin(kind) or kind
     try:
         return CONVERT[base](value)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise ValueError(f"settings: {key} must be {base.__name__}, got {value!r}") from None
 
 

@@ -19,12 +19,10 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of the text, with the begin and end marks that are asked for.
 
-        ValueError for a text that is no Unicode (half of a surrogate pair).
+        ValueError for a text that is no Unicode: half of a surrogate pair, which JSON can spell.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as e:
-            raise ValueError(f"tokenizer: text must be Unicode, got {e}") from None
+        if not is_unicode(text):
+            raise ValueError(f"tokenizer: text must be Unicode, got half of a surrogate pair in {text!r:.80}")
         head = [self.bos_id] if bos and self.bos_id is not None else []
         tail = [self.eos_id] if eos and self.eos_id is not None else []
         return head + self._encode(text) + tail
@@ -54,3 +52,12 @@ class Tokenizer:
     def _set_marks(self, marks: dict[str, int], bos_id, eos_id, pad_id=None):
         self.marks, self.bos_id, self.eos_id = marks, bos_id, eos_id
         self.pad_id = next(i for i in (pad_id, eos_id, 0) if i is not None)
+
+
+def is_unicode(text: str) -> bool:
+    """False where half of a surrogate pair stands alone."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from llamakern.tokenizer_base import Tokenizer
+from llamakern.tokenizer_base import Tokenizer, is_unicode
 
 # What the marks are usually called, where no file beside tokenizer.json says so.
 MARKS = {
@@ -19,9 +19,12 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Fast
 
+        text = _read_text(path)
         try:
-            self.model = Fast.from_str(_read_text(path))
-        except Exception as e:  # tokenizers raises plain Exception
+            self.model = Fast.from_str(text)
+        except BaseException as e:  # tokenizers raises plain Exception, and where it panics a plain BaseException
+            if isinstance(e, KeyboardInterrupt):
+                raise
             raise ValueError(f"tokenizer: {path} must be a tokenizer.json, got {e}") from None
         named = _read_object(path.with_name("special_tokens_map.json"))
         named |= _read_object(path.with_name("tokenizer_config.json"))
@@ -38,7 +41,9 @@ class JsonTokenizer(Tokenizer):
     def _name(self, named: dict, mark: str) -> str | None:
         token = named.get(mark)
         token = token.get("content") if isinstance(token, dict) else token
-        tried = (token,) if token and isinstance(token, str) else MARKS[mark]
+        if token is not None and (not isinstance(token, str) or not is_unicode(token)):
+            raise ValueError(f"tokenizer: {mark} beside tokenizer.json must be a string, got {token!r}")
+        tried = (token,) if token else MARKS[mark]
         return next((name for name in tried if self.model.token_to_id(name) is not None), None)
 
     @property

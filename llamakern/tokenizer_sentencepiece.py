@@ -11,12 +11,19 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path):
         from sentencepiece import SentencePieceProcessor
 
+        content = path.read_bytes()
+        if not content:  # which loads, and fails later
+            raise ValueError(f"tokenizer: {path} must be a sentencepiece model, got an empty file")
         try:
-            self.model = SentencePieceProcessor(model_proto=path.read_bytes())
+            self.model = SentencePieceProcessor(model_proto=content)
         except RuntimeError as e:
             raise ValueError(f"tokenizer: {path} must be a sentencepiece model, got {e}") from None
         self.vocab_size = self.model.vocab_size()
-        marks = {self.model.id_to_piece(i): i for i in range(self.vocab_size) if self.model.is_control(i)}
+        try:
+            pieces = [self.model.id_to_piece(i) for i in range(self.vocab_size)]
+        except UnicodeDecodeError as e:
+            raise ValueError(f"tokenizer: {path} must hold pieces in UTF-8, got {e}") from None
+        marks = {piece: i for i, piece in enumerate(pieces) if self.model.is_control(i)}
         ids = (self.model.bos_id(), self.model.eos_id(), self.model.pad_id())
         self._set_marks(marks, *(i if i >= 0 else None for i in ids))
 

@@ -124,6 +124,18 @@ def write_gguf(path, model, kind="F32", *, metadata=None, tensors=None):
     return path
 
 
+def decoded(model, kind):
+    """The model with the numbers that its matrices have after a round trip through `kind`."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[kind]
+    for p in model.parameters():
+        if p.dim() == 2:
+            data = gguf.quants.dequantize(gguf.quants.quantize(p.detach().numpy(), kind), kind)
+            p.data = torch.from_numpy(data.reshape(p.shape))
+    return model
+
+
 def write_llama2c(path, model):
     """A model whose rope_layout is "interleaved" as llama2.c's legacy export stores it."""
     c, named = model.config, dict(model.named_parameters())

@@ -59,6 +59,26 @@ def check_against_reference(op, reference, inputs, floor=1e-6):
         assert_as_good_as(name, ours[name], eager[name], truth[name], floor)
 
 
+def check_float16_range(op, naive, inputs, rtol=2e-3):
+    """Inputs whose results fit float16 while something on the way does not: ours are right, and naive's are not.
+
+    op and naive take float16; the truth is naive in float64.
+    """
+
+    def close(result, want):
+        slack = rtol * (want.abs() + want.abs().max())
+        return bool(((result.double() - want).abs() <= slack).all())  # false for nan
+
+    ours, plain = outputs_and_gradients(op, inputs), outputs_and_gradients(naive, inputs)
+    truth = outputs_and_gradients(naive, inputs, wide=True)
+    for name, want in truth.items():
+        assert want.abs().max() <= 65504, f"{name}: beyond float16 itself"
+        assert close(ours[name], want), (
+            f"{name}: error {(ours[name].double() - want).abs().max()} of {want.abs().max()}"
+        )
+    assert not all(close(plain[name], want) for name, want in truth.items()), "nothing leaves float16's range"
+
+
 def assert_same_bits(a, b, name=""):
     """Equal in every bit, -0.0 and 0.0 counted as different."""
     assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{name}: {a.dtype} {a.shape} against {b.dtype} {b.shape}"

@@ -18,7 +18,7 @@ def isa(request):
     _C.use_isa(before)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 def dtype(request):
     return request.param
 

@@ -135,6 +135,13 @@ def do(folder: Path, jobs: str) -> None:
         globals()[name](folder, *arguments)
 
 
+def loops(folder: Path, name: str) -> None:
+    """A job of distributed_loops.py."""
+    import distributed_loops
+
+    getattr(distributed_loops, name)(folder)
+
+
 def pair(folder: Path, jobs: str) -> list[int]:
     """The jobs in two new processes; their exit codes, negative where a signal ended one."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

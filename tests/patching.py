@@ -59,7 +59,9 @@ def assert_step_as_good(ours, eager, truth):
     noise = (eager["logits"].double() - truth["logits"]).abs().max().item()
     assert abs(ours["loss"].item() - truth["loss"].item()) <= noise + 1e-6  # one number may be right by chance in eager
     assert_as_good_as("logits", ours["logits"], eager["logits"], truth["logits"])
-    sizes = {name: truth[name].abs().max().clamp(min=1e-30) for name in truth.keys() - {"loss", "logits"}}
+    sizes = {name: truth[name].abs().max() for name in truth.keys() - {"loss", "logits"}}
+    least = 0.02 * max(sizes.values())  # smaller gradients are what larger ones left over, and noise in bfloat16
+    sizes = {name: max(size, least) for name, size in sizes.items()}
 
     def gradients(of):  # each on its own scale, in one row: the noise of a single small tensor varies
         return torch.cat([(of[name].double() / size).flatten() for name, size in sorted(sizes.items())])

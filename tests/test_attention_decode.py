@@ -160,7 +160,7 @@ Z = torch.zeros
         (
             {"k_cache": Z(2, 0, 2, 8), "v_cache": Z(2, 0, 2, 8), "block_table": Z(2, 1).int(), "lengths": Z(2).int()},
             ValueError,
-            "attention_decode: k_cache must have blocks of at least one token",
+            "attention_decode: k_cache must have blocks of at least one token, got 0",
         ),
         ({"q": Z(2, 1, 4, 8).requires_grad_()}, RuntimeError, "attention_decode: has no gradient"),
     ],
@@ -185,7 +185,7 @@ def test_bad_decode(changes, error, message):
         (
             {"k_cache": Z(2, 6, 2, 16)[..., ::2]},
             ValueError,
-            "cache_append_: k_cache must have a contiguous last dimension",
+            "cache_append_: k_cache must have a contiguous last dimension, got a stride of 2",
         ),
         ({"k": Z(2, 2, 2, 8).requires_grad_()}, RuntimeError, "cache_append_: has no gradient"),
     ],
@@ -197,7 +197,7 @@ def test_bad_append(changes, error, message):
         ops.cache_append_(**defaults | changes)
 
 
-def test_float16_is_refused_by_name():
-    half = Z(1, 3, 2, 8).half()
-    with pytest.raises(TypeError, match="attention_decode: q must be float32 or bfloat16, got float16"):
-        ops.attention_decode(half, half, half, lengths=torch.tensor([3]).int())
+def test_other_dtypes_are_refused_by_name():
+    wide = Z(1, 3, 2, 8).double()
+    with pytest.raises(TypeError, match="attention_decode: q must be float32, bfloat16 or float16, got float64"):
+        ops.attention_decode(wide, wide, wide, lengths=torch.tensor([3]).int())

@@ -1,11 +1,13 @@
 import json
 import os
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import SMALL, assert_same_model, edit_config, edit_tensors, small
+from compare import assert_same_bits
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,16 +20,25 @@ from llamakern.nn import quantize_
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-@pytest.mark.parametrize("name", ["hf-tied-bf16", "hf-sharded", "hf-nf4", "hf-nf4-double", "llama2c.bin"])
+LOGITS = json.loads((FIXTURES / "logits.json").read_text())
+
+
+@pytest.mark.parametrize("name", LOGITS)
 def test_every_format_loads_for_ever(name):
     """Files written once and never again: a model of one layer, and its logits after five tokens."""
+    if name.endswith(".gguf"):
+        pytest.importorskip("gguf")
     model = from_pretrained(FIXTURES / name, dtype=torch.float32)
-    want = json.loads((FIXTURES / "logits.json").read_text())[name]
     logits = model(torch.tensor([[1, 5, 9, 2, 15]]))[0, -1]
-    torch.testing.assert_close(logits, torch.tensor(want), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, torch.tensor(LOGITS[name]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_every_format_has_a_fixture():
+    made = runpy.run_path(str(FIXTURES / "make.py"))["FIXTURES"]
+    assert made.keys() == LOGITS.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize(
     "change",
     [{}, {"tie_embeddings": True}, {"rope_scaling": RopeScaling(32.0), "head_dim": 20, "eos_id": (3, 4)}],
@@ -37,6 +48,7 @@ def test_save_and_load(tmp_path, change, dtype):
     model = small(**change).to(dtype)
     model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1  # who may read one may read all
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == ("tie_embeddings" not in change)
     loaded = Llama.from_pretrained(tmp_path)
     assert_same_model(loaded, model)
@@ -293,14 +305,30 @@ def test_names_in_the_local_cache(tmp_path, monkeypatch):
     assert_same_model(from_pretrained("some/model"), model)
 
 
-def test_transformers_loads_what_is_saved(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": RopeScaling(8.0, original_max_seq_len=8), "head_dim": 12},
+        {"tie_embeddings": True},
+        {"rope_layout": "interleaved", "n_kv_heads": 4},
+    ],
+    ids=["scaled", "tied", "interleaved"],
+)
+def test_transformers_loads_what_is_saved(tmp_path, change, dtype):
     transformers = pytest.importorskip("transformers")
-    model = small(rope_scaling=RopeScaling(8.0, original_max_seq_len=8), head_dim=12)
-    model.save_pretrained(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert theirs.dtype == torch.float32
+    model = small(**change).to(dtype)
+    save_pretrained(model, tmp_path, max_shard_bytes=20_000 if "tie_embeddings" in change else 10**9)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert theirs.dtype == dtype
+    loaded = from_pretrained(tmp_path)
+    for name, p in loaded.named_parameters():
+        assert_same_bits(
+            p.detach(), theirs.get_parameter(name if "lm_head" in name else f"model.{name}").detach(), name
+        )
     tokens = torch.randint(0, 37, (2, 16))
     with torch.inference_mode():
-        torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert_same_model(from_pretrained(tmp_path / "theirs"), model)
+        want = theirs.float()(tokens).logits
+        torch.testing.assert_close(model.float()(tokens), want, rtol=0, atol=1e-5)
+    theirs.to(dtype).save_pretrained(tmp_path / "theirs")
+    assert_same_model(from_pretrained(tmp_path / "theirs"), loaded)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from checkpoints import assert_same_model, small, write_gguf
+from checkpoints import assert_same_model, decoded, small, write_gguf
 from compare import assert_same_bits
 
 from llamakern.checkpoint import from_pretrained
@@ -21,21 +21,12 @@ def model(**change):
     return small(rope_layout="interleaved", hidden_dim=96, **change)
 
 
-def decoded(model, kind):
-    """The model with the numbers that its matrices have after a round trip through `kind`."""
-    for p in model.parameters():
-        if p.dim() == 2:
-            data = gguf.quants.dequantize(gguf.quants.quantize(p.detach().numpy(), kind), kind)
-            p.data = torch.from_numpy(data.reshape(p.shape))
-    return model
-
-
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
 def test_every_number_is_there(tmp_path, kind, tied):
     want = model(tie_embeddings=tied)
     path = write_gguf(tmp_path / "m.gguf", want, kind)
-    want = decoded(want, gguf.GGMLQuantizationType[kind])
+    want = decoded(want, kind)
     loaded = from_pretrained(path, dtype=torch.float32)
     assert loaded.config == want.config.replace(rope_layout="half", eos_id=7)
     for name, p in loaded.named_parameters():

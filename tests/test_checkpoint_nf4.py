@@ -132,7 +132,7 @@ def test_bitsandbytes_loads_what_quantize_writes(tmp_path, flags, dtype, bnb):
     assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "nf4"), *flags]) == 0
     ours = from_pretrained(tmp_path / "nf4")
     assert all(m.double_quant == ("--double-quant" in flags) for m in ours.modules() if isinstance(m, NF4Linear))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype="auto")
     assert theirs.dtype == dtype
     assert isinstance(theirs.lm_head, bnb.nn.Linear4bit) == ("--head" in flags)
     tokens = torch.randint(0, 37, (2, 16))
@@ -158,7 +158,7 @@ def test_bitsandbytes_is_told_what_stays_dense(tmp_path, skip, bnb):
 
     ours = quantize_(small(hidden_dim=128), skip=skip)
     ours.save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").train()
     tokens = torch.randint(0, 37, (2, 16))
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=0, atol=1e-5)
 

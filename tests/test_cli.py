@@ -272,7 +272,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tiny, tmp_path, caps
 
 def test_an_input_without_a_template_is_refused(tiny, capsys):
     assert main(["generate", str(tiny / "base"), "--prompt", "a", "--input", "b"]) == 1
-    assert "generate: input and system must go with a prompt template, got no chat" in capsys.readouterr().err
+    assert "generate: input and system must go with a prompt template, got no --chat" in capsys.readouterr().err
 
 
 def test_a_folder_is_not_written_over_itself(tiny, tmp_path, capsys):

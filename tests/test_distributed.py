@@ -39,16 +39,18 @@ def torchrun(*words) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, tiny):
-    """The folder in which two processes have done every job."""
+    """The folder in which two processes have done every job, with what they printed in output.txt."""
     folder = tmp_path_factory.mktemp("two")
-    pairs = {}
+    pairs = {"loops:fsdp2": "0 0", "loops:tensor_parallel": "0 0"}
     for kind in jobs.KINDS:
         pairs[f"killed:{kind}"] = "-9 -9"
         names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate")]
         pairs[",".join([*names, f"finetune:{tiny}:{kind}"])] = "0 0"
     done = python(SCRIPT, folder, *pairs)
     for name, codes in pairs.items():
-        assert f"{name} {codes}\n" in done.stdout, done.stdout
+        if not name.startswith("loops"):
+            assert f"{name} {codes}\n" in done.stdout, done.stdout
+    (folder / "output.txt").write_text(done.stdout)
     return folder
 
 
@@ -121,6 +123,13 @@ def test_the_gate_sees_every_tensor(two, kind):
         message = (two / f"{kind}-gate-{rank}.txt").read_text()
         name = "layers.0.mlp.down_proj.lora_a"
         assert message.endswith(f"of zeros: {name}; no change: {name}"), message
+
+
+@pytest.mark.parametrize("loop", ["fsdp2", "tensor_parallel"])
+def test_loops_of_ones_own(two, loop):
+    """Plain FSDP2 and tensor parallelism: the assertions stand in distributed_loops.py."""
+    output = (two / "output.txt").read_text()
+    assert f"loops:{loop} 0 0\n" in output, output
 
 
 def test_another_number_of_processes_is_refused(two):

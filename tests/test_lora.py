@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same_bits, check_against_reference, check_thread_counts, outputs_and_gradients
+from compare import (
+    assert_same_bits,
+    check_against_reference,
+    check_float16_range,
+    check_thread_counts,
+    outputs_and_gradients,
+)
 
 from llamakern import ops
 from llamakern.ops.lora import dropout_mask_reference, lora_linear_reference, nf4_lora_linear_reference
@@ -58,10 +64,55 @@ def test_forward_backward(shape, base, dtype, isa):
     check(make_case(base, *shape, dtype), scale=0.7)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("shape", [(2, 90, 64, 16), (20, 30, 128, 16)], ids=label)
-def test_float32_adapter_beside_bfloat16(shape, base, isa):
-    check(make_case(base, *shape, torch.bfloat16, torch.float32), scale=2.0)
+def test_float32_adapter_beside_16_bits(shape, base, narrow, isa):
+    check(make_case(base, *shape, narrow, torch.float32), scale=2.0)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("M", [3, 20])
+def test_float16_hidden(M, base, isa):
+    """h and g are beyond float16, y and the gradients are not; with dropout, so is a kept x."""
+    op, reference, inputs = make_case(base, M, 40, 64, 4, torch.float16)
+    x, *weight, lora_a, lora_b, _bias = (t.detach() for t in inputs)
+    weight[-1] = weight[-1] * 0.1
+    knobs = {"scale": 0.01, "dropout": 0.5, "seed": torch.tensor([3])}
+
+    def of(fn, factor):
+        return lambda *t: fn(*t, **knobs) * factor
+
+    x, lora_a, lora_b = (x * 2e4).clamp(-6e4, 6e4), lora_a * 100, lora_b * 1e-3
+    check_float16_range(of(op, 0.1), of(reference, 0.1), (x.requires_grad_(), *weight, lora_a, lora_b))
+    x, lora_a, lora_b = x.detach() * 1e-5, lora_a * 1e-5, (lora_b * 1e7).clamp(-6e4, 6e4)
+    check_float16_range(of(op, 32), of(reference, 32), (x.requires_grad_(), *weight, lora_a, lora_b), rtol=5e-3)
+
+
+@pytest.mark.parametrize("adapter", [torch.float16, torch.float32])
+def test_float16_base(adapter, isa):
+    """x Wᵀ + bias is beyond float16, y is not; where y is too, it is infinite as in float16."""
+    x, w, bias = torch.full((20, 64), 100.0), torch.full((40, 64), 11.0), torch.linspace(-9000, 9000, 40)
+    w[7] = -11.0
+    lora_a, lora_b = torch.full((2, 64), -1.0), torch.full((40, 2), 2.0)
+    lora_b[7] = -2.0
+    x, w, bias = (t.half() for t in (x, w, bias))
+    y = ops.lora_linear(x, w, lora_a.to(adapter), lora_b.to(adapter), bias, scale=1.0)
+    truth = lora_linear_reference(x.double(), w.double(), lora_a.double(), lora_b.double(), bias.double(), scale=1.0)
+    torch.testing.assert_close(y.double(), truth, rtol=1e-3, atol=0)
+    assert F.linear(x, w, bias).isinf().sum() > 100
+    lora_b.zero_()
+    y = ops.lora_linear(x, w, lora_a.to(adapter), lora_b.to(adapter), bias, scale=1.0)
+    assert_same_bits(y, F.linear(x, w, bias))
+
+
+def test_float16_gradient_of_the_weight():
+    x, w, lora_a, lora_b, _ = make_case("dense", 30, 20, 64, 4, torch.float16)[2]
+    dw, truth = (
+        torch.autograd.grad(fn(*(t.to(wide) for t in (x, w, lora_a, lora_b)), scale=1.0).sum(), w)[0]
+        for fn, wide in ((ops.lora_linear, torch.float16), (lora_linear_reference, torch.float64))
+    )
+    torch.testing.assert_close(dw, truth, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", RAGGED, ids=label)
@@ -171,12 +222,13 @@ def test_only_what_wants_a_gradient_gets_one():
         assert not op(x, w, lora_a, lora_b, bias, scale=1.0).requires_grad
 
 
-def test_autocast():
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_autocast(narrow):
     op, _, (x, w, lora_a, lora_b, bias) = make_case("dense", 5, 6, 64, 3)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", narrow):
         y = op(x, w, lora_a, lora_b, bias, scale=1.0)
     y.float().sum().backward()
-    assert_same_bits(y, op(x.bfloat16(), w.bfloat16(), lora_a, lora_b, bias, scale=1.0))
+    assert_same_bits(y, op(x.to(narrow), w.to(narrow), lora_a, lora_b, bias, scale=1.0))
     assert x.grad.dtype == w.grad.dtype == lora_a.grad.dtype == bias.grad.dtype == torch.float32
 
 
@@ -184,7 +236,7 @@ def test_opcheck():
     x, w, lora_a, lora_b, bias = make_case("dense", 5, 6, 64, 3)[2]
     seed = torch.tensor([9])
     base = F.linear(x, w, bias).detach().requires_grad_()
-    torch.library.opcheck(torch.ops.llamakern.lora_linear.default, (base, x, w, lora_a, lora_b, seed, 0.7, 0.2))
+    torch.library.opcheck(torch.ops.llamakern.lora_linear.default, (base, x, w, lora_a, lora_b, bias, seed, 0.7, 0.2))
     x, weight, absmax, lora_a, lora_b, bias = make_case("nf4", 5, 6, 64, 3)[2]
     torch.library.opcheck(
         torch.ops.llamakern.nf4_lora_linear.default,
@@ -221,9 +273,9 @@ def test_double_backward_raises(base):
     [
         ({"x": torch.zeros(2, 32)}, ValueError, r"x must have shape \(..., K\) with K = 64, got \[2, 32\]"),
         (
-            {"x": torch.zeros(2, 64).half()},
+            {"x": torch.zeros(2, 64).double()},
             TypeError,
-            "x must be float32 or bfloat16, got float16|w must be float16 like x",
+            "x must be float32, bfloat16 or float16, got float64|w must be float64 like x",
         ),
         ({"lora_a": torch.zeros(4, 32)}, ValueError, r"lora_a must have shape \[4, 64\], got \[4, 32\]"),
         ({"lora_b": torch.zeros(8, 5)}, ValueError, r"lora_b must have shape \[8, 4\], got \[8, 5\]"),

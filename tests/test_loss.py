@@ -2,7 +2,14 @@ import math
 
 import pytest
 import torch
-from compare import assert_same_bits, check_against_reference, check_thread_counts, outputs_and_gradients, uneven
+from compare import (
+    assert_same_bits,
+    check_against_reference,
+    check_float16_range,
+    check_thread_counts,
+    outputs_and_gradients,
+    uneven,
+)
 
 from llamakern import ops
 from llamakern.ops.loss import REDUCTIONS, linear_cross_entropy_reference
@@ -98,6 +105,54 @@ def test_sure_predictions_keep_their_small_gradient(dtype, isa):
         torch.testing.assert_close(
             ours[name].double(), truth[name], rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=0
         )
+
+
+def test_float16_logits(isa):
+    """Logits beyond float16."""
+    h, w, labels = make_inputs(30, 64, 100, torch.float16, scale=300.0)
+    w = (300 * w).detach()
+    fns = (reduced(fn, "none") for fn in (ops.linear_cross_entropy, naive))
+    check_float16_range(*(lambda h, w, labels, fn=fn: fn(h, w, labels) / 2**10 for fn in fns), (h, w, labels))
+
+
+def naive(h, w, labels, *, reduction):
+    """The logits in h's dtype."""
+    return torch.nn.functional.cross_entropy(h @ w.T, labels, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_float16_loss_scale(reduction, isa):
+    """A loss scale lifts gradients into float16's range before they are rounded: alone they would vanish."""
+    h, w, labels = make_inputs(600, 16, 50, torch.float16, scale=0.01)
+    w = (w * 1e-3).detach().requires_grad_()
+    scale = 2**16 if reduction == "mean" else 2**10
+    ours, truth = (
+        outputs_and_gradients(lambda *t, fn=fn: fn(*t, reduction=reduction).sum() * scale, (h, w, labels), wide=wide)
+        for fn, wide in ((ops.linear_cross_entropy, False), (linear_cross_entropy_reference, True))
+    )
+    for name in ("d0", "d1"):
+        torch.testing.assert_close(ours[name].double(), truth[name], rtol=2e-3, atol=1e-6)
+
+
+def test_float16_gradients_of_probabilities(isa):
+    """P is beyond float16 where the upstream gradient is, though dh is not."""
+    h, w, labels = make_inputs(30, 16, 50, torch.float16, ignored=0)
+    w = (w * 1e-3).detach()
+    dh, truth = (
+        torch.autograd.grad(fn(h.to(t), w.to(t), labels, reduction="sum") * 1e6, h)[0]
+        for fn, t in ((ops.linear_cross_entropy, h.dtype), (linear_cross_entropy_reference, torch.float64))
+    )
+    torch.testing.assert_close(dh.double(), truth.double(), rtol=2e-3, atol=0.5)
+
+
+def test_float16_chunks_that_cancel(isa):
+    """What one chunk adds to dW is beyond float16, the sum of both is not."""
+    V, C, half = 132000, 1, 48
+    h = torch.cat((torch.full((half, C), 60000.0), torch.full((half, C), -59008.0))).half()
+    w, labels = torch.zeros(V, C).half().requires_grad_(), torch.zeros(2 * half, dtype=torch.long)
+    (dw,) = torch.autograd.grad(ops.linear_cross_entropy(h, w, labels, reduction="sum"), w)
+    want = -(half * 992.0) * (1 - 1 / V)
+    torch.testing.assert_close(dw[0].double(), torch.full((C,), want, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
 def test_uniform_logits():
@@ -280,7 +335,7 @@ H, W, LABELS = torch.ones(2, 3, 8), torch.ones(20, 8), torch.zeros(2, 3, dtype=t
         ({"labels": LABELS - 1}, ValueError, r"labels must lie in \[0, 20\) or be -100, got -1"),
         ({"labels": LABELS - 100, "ignore_index": 3}, ValueError, r"labels must lie in \[0, 20\) or be 3, got -100"),
         ({"reduction": "max"}, ValueError, r"reduction must be one of \('none', 'mean', 'sum'\), got 'max'"),
-        ({"h": H.half(), "w_head": W.half()}, TypeError, "h must be float32 or bfloat16, got float16"),
+        ({"h": H.double(), "w_head": W.double()}, TypeError, "h must be float32, bfloat16 or float16, got float64"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )

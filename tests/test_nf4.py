@@ -6,7 +6,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from compare import assert_same_bits, check_against_reference, check_thread_counts, outputs_and_gradients
+from compare import (
+    assert_same_bits,
+    check_against_reference,
+    check_float16_range,
+    check_thread_counts,
+    outputs_and_gradients,
+)
 
 from llamakern import ops
 from llamakern.ops.nf4 import (
@@ -255,12 +261,42 @@ def test_a_token_does_not_depend_on_its_neighbours(dtype, isa):
     assert_same_bits(ops.nf4_linear(x[:8], weight, absmax)[3:4], ops.nf4_linear(x[3:8], weight, absmax)[:1])
 
 
-def test_autocast():
+@pytest.mark.parametrize("M", [3, 20])
+def test_float16_range(M, isa):
+    """absmax beyond float16."""
+    weight, absmax = ops.nf4_quantize(torch.randn(40, 64) * 1e5)
+    x = (torch.randn(M, 64) * 1e-3).half().requires_grad_()
+
+    def of(op):
+        return lambda x: op(x, weight, absmax) / 2**10
+
+    check_float16_range(of(ops.nf4_linear), of(nf4_linear_reference), (x,))
+    half, want = (fn(weight, absmax / 4, dtype=torch.float16) for fn in (ops.nf4_dequantize, nf4_dequantize_reference))
+    assert_same_bits(half, want)
+
+
+def test_float16_scales(isa):
+    """in_scale ⊙ x or the unscaled y beyond float16."""
+    weight, absmax = ops.nf4_quantize(torch.randn(40, 64))
+    x, bias = (100 * torch.randn(8, 64)).half().requires_grad_(), torch.randn(40).half().requires_grad_()
+    large, small = torch.full((64,), 2000.0).requires_grad_(), torch.full((40,), 1e-4).requires_grad_()
+
+    def of(op, *dtypes):
+        return lambda x, bias, a, b: op(x, weight, absmax, bias, in_scale=a.to(x.dtype), out_scale=b.to(x.dtype)) / 2**8
+
+    check_float16_range(of(ops.nf4_linear), of(nf4_linear_reference), (x, bias, large, small))
+    y = ops.nf4_linear(x, weight, absmax, in_scale=large.detach().half(), out_scale=small.detach().half())
+    assert y.dtype == torch.float16
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_autocast(narrow):
     weight, absmax, _ = make_weight(16, 64)
     x, bias = torch.randn(3, 64), torch.randn(16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", narrow):
         y = ops.nf4_linear(x, weight, absmax, bias)
-    assert_same_bits(y, ops.nf4_linear(x.bfloat16(), weight, absmax, bias))
+    assert_same_bits(y, ops.nf4_linear(x.to(narrow), weight, absmax, bias))
 
 
 @pytest.mark.slow
@@ -289,7 +325,7 @@ def test_opcheck(double):
     torch.library.opcheck(torch.ops.llamakern.nf4_linear.default, (x, weight, absmax, bias, scale, offset, 24, 128, 64))
     for name, arguments in {
         "nf4_quantize": (torch.randn(4, 100), 64),
-        "nf4_dequantize": (weight, absmax, scale, offset, 24, 128, 64, True),
+        "nf4_dequantize": (weight, absmax, scale, offset, 24, 128, 64, torch.float16),
         "nf4_double_quantize": (torch.rand(300), torch.tensor(0.5)),
     }.items():
         torch.library.opcheck(getattr(torch.ops.llamakern, name).default, arguments)
@@ -325,7 +361,11 @@ BYTES = {"dtype": torch.uint8}
     ("changes", "error", "message"),
     [
         ({"x": torch.zeros(2, 32)}, ValueError, r"nf4_linear: x must have shape \(..., K\) with K = 64, got \[2, 32\]"),
-        ({"x": torch.zeros(2, 64).half()}, TypeError, "nf4_linear: x must be float32 or bfloat16, got float16"),
+        (
+            {"x": torch.zeros(2, 64).double()},
+            TypeError,
+            "nf4_linear: x must be float32, bfloat16 or float16, got float64",
+        ),
         ({"weight": torch.zeros(8, 32)}, TypeError, "nf4_linear: weight must be uint8, got float32"),
         (
             {"weight": torch.zeros(256, **BYTES)},
@@ -383,12 +423,12 @@ def test_bad_input(changes, error, message):
 def test_bad_input_of_the_codec():
     with pytest.raises(ValueError, match=r"nf4_quantize: w must have shape \(N, K\), got \[64\]"):
         ops.nf4_quantize(torch.zeros(64))
-    with pytest.raises(TypeError, match="nf4_quantize: w must be float32 or bfloat16, got float64"):
+    with pytest.raises(TypeError, match="nf4_quantize: w must be float32, bfloat16 or float16, got float64"):
         ops.nf4_quantize(torch.zeros(1, 64).double())
     with pytest.raises(ValueError, match="nf4_quantize: block_size must be a power of two from 32 to 4096, got 16"):
         ops.nf4_quantize(torch.zeros(1, 64), block_size=16)
-    with pytest.raises(TypeError, match="nf4_dequantize: dtype must be float32 or bfloat16, got float16"):
-        ops.nf4_dequantize(torch.zeros(1, 32, **BYTES), torch.zeros(1, 1), dtype=torch.float16)
+    with pytest.raises(TypeError, match="nf4_dequantize: dtype must be float32, bfloat16 or float16, got float64"):
+        ops.nf4_dequantize(torch.zeros(1, 32, **BYTES), torch.zeros(1, 1), dtype=torch.float64)
     with pytest.raises(TypeError, match="nf4_double_quantize: absmax must be float32, got bfloat16"):
         ops.nf4_double_quantize(torch.zeros(3).bfloat16())
     with pytest.raises(TypeError, match="nf4_double_quantize: absmax must be float32, got uint8"):

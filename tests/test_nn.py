@@ -4,7 +4,7 @@ from compare import assert_same_bits
 from torch import nn
 
 from llamakern import ops
-from llamakern.nn import NF4Linear, RMSNorm, quantize_
+from llamakern.nn import LoRALinear, NF4Linear, RMSNorm, quantize_
 
 # (N, K): rows that stand alone, and two whose blocks cross rows (the last with an odd number of elements)
 SIZES = [(24, 128), (10, 172), (3, 33)]
@@ -85,6 +85,41 @@ def test_a_cast_moves_the_bias_and_leaves_the_weight_whole(cast, double_quant):
             assert p.dtype != torch.float32
         else:
             assert_same_bits(p.reshape(-1), before[name].reshape(-1), name)
+
+
+@DOUBLE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bytes_kept_under_another_dtype(dtype, double_quant):
+    """Same bits in and out, through a cast and a state dict too, and back again."""
+    dense = nn.Linear(256, 24)
+    plain = NF4Linear.from_linear(dense, double_quant=double_quant)
+    kept = NF4Linear.from_linear(dense, double_quant=double_quant).store_(dtype)
+    assert {p.dtype for n, p in kept.named_parameters() if n in ("weight", "absmax", "absmax_scale")} == {dtype}
+    x = torch.randn(3, 256)
+    assert torch.equal(kept(x), plain(x))
+    assert torch.equal(torch.cat(list(kept.row_blocks())), plain.dequantize())
+    lora, other = (LoRALinear(base, 4, 1.0) for base in (kept, plain))
+    other.load_state_dict({n: p for n, p in lora.state_dict().items() if "lora" in n}, strict=False)
+    assert torch.equal(lora(x), other(x))
+    again = NF4Linear(256, 24, bias=True, double_quant=double_quant).store_(dtype)
+    again.load_state_dict(kept.half().float().state_dict())
+    assert torch.equal(again.dequantize(), plain.dequantize())
+    again.store_(None)
+    assert {n: p.dtype for n, p in again.named_parameters()} == {n: p.dtype for n, p in plain.named_parameters()}
+    assert torch.equal(again.dequantize(), plain.dequantize())
+
+
+def test_bytes_that_a_cast_has_reached_are_refused():
+    linear = NF4Linear.from_linear(nn.Linear(256, 24))
+    linear.absmax.data = linear.absmax.data.bfloat16()
+    with pytest.raises(TypeError, match=r"nf4_linear: absmax must be kept as float32, got bfloat16; FSDP2's mixed"):
+        linear(torch.randn(3, 256))
+    linear = NF4Linear.from_linear(nn.Linear(64, 8), double_quant=True)
+    with pytest.raises(ValueError, match="nf4_linear: absmax must have an even number of bytes in a row"):
+        linear.store_(torch.bfloat16)
+    assert linear.weight.dtype == torch.uint8
+    with pytest.raises(ValueError, match="storage_dtype must be bfloat16, float16 or None, got"):
+        linear.store_(torch.float32)
 
 
 def test_block_size_and_repr():

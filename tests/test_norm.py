@@ -2,7 +2,13 @@ import functools
 
 import pytest
 import torch
-from compare import assert_same_bits, check_against_reference, check_thread_counts, outputs_and_gradients
+from compare import (
+    assert_same_bits,
+    check_against_reference,
+    check_float16_range,
+    check_thread_counts,
+    outputs_and_gradients,
+)
 
 from llamakern import ops
 from llamakern.ops.norm import rms_norm_reference
@@ -49,10 +55,13 @@ def test_forward_backward(shape, weight, dtype, isa):
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e3, 1e15])
 def test_scales(scale, dtype, isa):
+    if dtype == torch.float16:
+        scale = max(1e-6, min(1e4, scale))
     x, residual, w = make_inputs((5, 200), dtype, scale=scale)
     check_against_reference(with_residual(ops.rms_norm), with_residual(rms_norm_reference), (x, residual, w))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_squares_that_overflow(dtype, isa):
     """Rows of 1e25 have a root mean square, though their squares are infinite in float32."""
     x, _, w = make_inputs((3, 100), dtype, scale=1e25)
@@ -62,6 +71,33 @@ def test_squares_that_overflow(dtype, isa):
         torch.testing.assert_close(
             ours[name].double(), truth[name], rtol=2e-2, atol=1e-2 * truth[name].abs().max().item(), msg=name
         )
+
+
+def naive(x, w, residual=None):
+    s = x if residual is None else x + residual
+    return s * torch.rsqrt(s.square().mean(-1, keepdim=True) + EPS) * w
+
+
+def test_float16_squares(isa):
+    x, _, w = make_inputs((3, 100), torch.float16, scale=1000.0)
+    check_float16_range(plain(ops.rms_norm), naive, (x, w))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS[:2])
+def test_float16_sums(weight, isa):
+    """y is right where x + residual is beyond float16; so is the gradient, up to s being 65504 for the backward."""
+    x, residual, w = make_inputs((3, 100), torch.float16, weight, scale=8000.0)
+    with torch.no_grad():
+        x[:, 5] = residual[:, 5] = 33000.0
+        x[1, 7] = residual[1, 7] = -60000.0
+    ours = outputs_and_gradients(lambda *t: with_residual(ops.rms_norm)(*t)[0], (x, residual, w))
+    truth = outputs_and_gradients(lambda *t: with_residual(rms_norm_reference)(*t)[0], (x, residual, w), wide=True)
+    assert (ops.rms_norm(x, w, eps=EPS, residual=residual)[1][:, 5] == torch.inf).all()
+    torch.testing.assert_close(ours["out0"].double(), truth["out0"], rtol=2e-3, atol=1e-4)
+    for name in ("d0", "d1", "d2"):
+        assert ours[name].isfinite().all(), name
+        error = (ours[name].double() - truth[name])[[0, 2]] if name != "d2" else torch.zeros(1)  # row 1 lost half of s
+        assert error.abs().max() <= 0.05 * truth[name].abs().max(), name
 
 
 def test_zero_rows(dtype):
@@ -187,7 +223,11 @@ BF16 = torch.ones(3, 8, dtype=torch.bfloat16)
         ({"residual": torch.ones(2, 8)}, ValueError, r"rms_norm: residual must have shape \[3, 8\], got \[2, 8\]"),
         ({"residual": BF16}, TypeError, "rms_norm: residual must be float32 like x, got bfloat16"),
         ({"weight": torch.ones(8).bfloat16()}, TypeError, "rms_norm: weight must be float32 like x, got bfloat16"),
-        ({"x": torch.ones(3, 8).half()}, TypeError, "rms_norm: x must be float32 or bfloat16, got float16"),
+        (
+            {"x": torch.ones(3, 8).double(), "weight": None},
+            TypeError,
+            "rms_norm: x must be float32, bfloat16 or float16, got float64",
+        ),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )

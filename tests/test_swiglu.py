@@ -1,6 +1,12 @@
 import pytest
 import torch
-from compare import assert_same_bits, check_against_reference, check_thread_counts, outputs_and_gradients
+from compare import (
+    assert_same_bits,
+    check_against_reference,
+    check_float16_range,
+    check_thread_counts,
+    outputs_and_gradients,
+)
 
 from llamakern import ops
 from llamakern.ops.swiglu import swiglu_reference
@@ -32,7 +38,8 @@ def test_scales(scale, dtype, isa):
 
 def test_extreme_gates(dtype, isa):
     """Where exp overflows or vanishes, the limits are reached: silu(g) is 0 or g, its slope 0 or 1."""
-    g = torch.tensor([-1e38, -1e4, -200.0, -89.0, -0.0, 0.0, 89.0, 200.0, 1e4, 1e38]).to(dtype).requires_grad_()
+    far = min(1e38, torch.finfo(dtype).max)
+    g = torch.tensor([-far, -1e4, -200.0, -89.0, -0.0, 0.0, 89.0, 200.0, 1e4, far]).to(dtype).requires_grad_()
     up = torch.ones_like(g).requires_grad_()
     y = ops.swiglu(g, up)
     dgate, dup = torch.autograd.grad(y, (g, up), torch.ones_like(y))
@@ -44,6 +51,14 @@ def test_extreme_gates(dtype, isa):
     assert torch.equal(dgate[:3], torch.zeros(3, dtype=dtype))
     assert torch.equal(dgate[4:6], torch.full((2,), 0.5, dtype=dtype))
     assert torch.equal(dgate[6:], torch.ones(4, dtype=dtype))
+
+
+def test_float16_range(isa):
+    """dy·up is beyond float16, its product with a flat slope is not."""
+    gate = torch.linspace(-18, -14, 50).half().requires_grad_()
+    up = torch.full((50,), 1000.0).half().requires_grad_()
+    ours, naive = (lambda g, u, op=op: 1000 * op(g, u) for op in (ops.swiglu, swiglu_reference))
+    check_float16_range(ours, naive, (gate, up), rtol=5e-3)
 
 
 def test_nan_goes_through(isa):
@@ -120,7 +135,7 @@ def test_double_backward_raises():
         g.sum().backward()
 
 
-HALF = torch.ones(3, dtype=torch.float16)
+WIDE = torch.ones(3, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +145,7 @@ HALF = torch.ones(3, dtype=torch.float16)
         (torch.ones(3, 8), torch.ones(8), ValueError, r"swiglu: up must have shape \[3, 8\], got \[8\]"),
         (torch.tensor(1.0), torch.tensor(1.0), ValueError, r"swiglu: gate must have shape \(..., F\), got \[\]"),
         (torch.ones(3), torch.ones(3).bfloat16(), TypeError, "swiglu: up must be float32 like gate, got bfloat16"),
-        (HALF, HALF, TypeError, "swiglu: gate must be float32 or bfloat16, got float16"),
+        (WIDE, WIDE, TypeError, "swiglu: gate must be float32, bfloat16 or float16, got float64"),
     ],
 )
 def test_bad_input(gate, up, error, message):

@@ -19,7 +19,7 @@ SMALLEST = 2.0**-126  # normal float32
 SOURCE = """
 #include "common/vec.h"
 using namespace llamakern::LK_ISA;
-using llamakern::bfloat16;
+using llamakern::bfloat16, llamakern::float16;
 template <typename To, typename From, typename Fn>
 static void map(To* y, const From* x, int64_t count, const Fn& fn) {
   for_vectors(count, [&](int64_t i, auto n) { store(y + i, fn(load(x + i, n)), n); });
@@ -29,6 +29,14 @@ void vec_exp(float* y, const float* x, int64_t count) { map(y, x, count, [](Vec 
 void vec_exp2(float* y, const float* x, int64_t count) { map(y, x, count, [](Vec v) { return exp2(v); }); }
 void vec_narrow(bfloat16* y, const float* x, int64_t count) { map(y, x, count, [](Vec v) { return v; }); }
 void vec_widen(float* y, const bfloat16* x, int64_t count) { map(y, x, count, [](Vec v) { return v; }); }
+void vec_narrow_half(float16* y, const float* x, int64_t count) { map(y, x, count, [](Vec v) { return v; }); }
+void vec_widen_half(float* y, const float16* x, int64_t count) { map(y, x, count, [](Vec v) { return v; }); }
+void one_narrow_half(float16* y, const float* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = llamakern::from_float<float16>(x[i]);
+}
+void one_widen_half(float* y, const float16* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = llamakern::to_float(x[i]);
+}
 void vec_reduce(float* y, const float* x) { y[0] = sum(load(x)), y[1] = max_of(load(x)); }
 int vec_lanes() { return kLanes; }
 }
@@ -37,7 +45,7 @@ int vec_lanes() { return kLanes; }
 
 @pytest.fixture(scope="module", params=_C.supported_isas())
 def vec(request, tmp_path_factory):
-    """vec(name, x, dtype) applies one of the functions above to all of x; vec.lanes."""
+    """vec(name, x, dtype, of="vec") applies one of the functions above to all of x; vec.lanes."""
     compiler = shutil.which("g++") or pytest.skip("g++ is not installed")
     folder = tmp_path_factory.mktemp(request.param)
     source, library = folder / "vec.cpp", folder / "vec.so"
@@ -47,10 +55,10 @@ def vec(request, tmp_path_factory):
     subprocess.run([compiler, *options, *define, *FLAGS[request.param], source, "-o", library], check=True)
     functions = ctypes.CDLL(str(library))
 
-    def call(name, x, dtype=torch.float32, y=None):
+    def call(name, x, dtype=torch.float32, y=None, of="vec"):
         y = torch.empty_like(x, dtype=dtype) if y is None else y
         pointers = (ctypes.c_void_p(t.data_ptr()) for t in (y, x))
-        getattr(functions, f"vec_{name}")(*pointers, ctypes.c_int64(x.numel()))
+        getattr(functions, f"{of}_{name}")(*pointers, ctypes.c_int64(x.numel()))
         return y
 
     call.lanes = functions.vec_lanes()
@@ -111,13 +119,38 @@ def test_bfloat16_widens_exactly(vec):
     assert torch.equal(y.view(torch.int32), x.view(torch.int16).to(torch.int32) << 16)
 
 
-def test_tails_touch_what_exists(vec):
+@pytest.mark.parametrize("of", ["vec", "one"])
+def test_float16_rounds_as_torch_does(vec, of):
+    """To nearest, ties to even, subnormals too; infinite from 65520 on."""
+    edges = torch.tensor([65504.0, 65519.996, 65520.0, 2.0**-25, 2.0**-25 * 1.0000001, 2.0**-14, 1.5 * 2.0**-24])
+    ties = torch.arange(2**15 - 1).to(torch.int16).view(torch.float16).float()
+    ties = (ties[1:] + ties[:-1]) / 2
+    x = torch.cat((all_floats(2049), edges, -edges, ties, -ties))
+    y, want = vec("narrow_half", x, torch.float16, of=of), x.half()
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y[~x.isnan()].view(torch.int16), want[~x.isnan()].view(torch.int16))
+
+
+@pytest.mark.parametrize("of", ["vec", "one"])
+def test_float16_widens_exactly(vec, of):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    y, want = vec("widen_half", x, of=of), x.float()
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y[~x.isnan()].view(torch.int32), want[~x.isnan()].view(torch.int32))
+
+
+NARROW = {"": torch.bfloat16, "_half": torch.float16}
+
+
+@pytest.mark.parametrize("half", NARROW)
+def test_tails_touch_what_exists(vec, half):
     """No element past the end is read into a result or written."""
-    for name, source, target in (("narrow", torch.float32, torch.bfloat16), ("widen", torch.bfloat16, torch.float32)):
+    narrow = NARROW[half]
+    for name, source, target in (("narrow", torch.float32, narrow), ("widen", narrow, torch.float32)):
         for count in range(1, 40):
             x, y = torch.randn(64).to(source), torch.full((64,), 7.0).to(target)
             x[count:] = torch.nan
-            vec(name, x[:count], y=y[:count])
+            vec(name + half, x[:count], y=y[:count])
             assert torch.equal(y[:count], x[:count].to(target))
             assert (y[count:] == 7.0).all()
 

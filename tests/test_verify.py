@@ -8,7 +8,7 @@ from torch import nn
 
 import llamakern
 from llamakern import Llama, LlamaConfig, peft
-from llamakern.comparison import difference, shared_name
+from llamakern.comparison import Comparison, Row, difference, shared_name
 from llamakern.data import Example, pack, pad
 
 TINY = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=64)
@@ -47,8 +47,8 @@ def test_a_model_equals_itself():
     assert found.losses[0] == found.losses[1]
     assert all(row.noise_worst >= row.noise_mean > 0 for row in found.rows.values())
     assert "loss " in str(found)
-    assert "and 16 gradients with lower ratios" in str(found)
-    assert "every difference is within twice the noise" in str(found)
+    assert "and 16 gradients with smaller shares" in str(found)
+    assert "every difference is within the noise" in str(found)
 
 
 @pytest.mark.parametrize("name", ["layers.1.mlp.up_proj.lora_b", "layers.0.self_attn.q_proj.lora_a"])
@@ -58,7 +58,7 @@ def test_a_wrong_gradient_alone_is_seen(name):
     found = llamakern.verify(model, wrong, tokens())
     assert not found.ok
     assert found.logits.worst == found.loss.worst == 0
-    assert [n for n, row in found.gradients.items() if row.ratio > 2] == [name]
+    assert [n for n, row in found.gradients.items() if row.share > 1] == [name]
     assert name in str(found).splitlines()[3]
     assert "NOT THE SAME beyond the noise" in str(found)
 
@@ -106,7 +106,7 @@ def test_noise_of_a_float32_model_is_what_autocast_changes():
 def test_float32_against_bfloat16_is_about_its_own_noise():
     model = with_lora(tiny())
     found = llamakern.verify(model, with_lora(tiny()).bfloat16(), tokens())
-    assert all(0.1 < row.ratio < 8 for row in found.rows.values()), str(found)
+    assert all(0.04 < row.share < 3 for row in found.rows.values()), str(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -230,6 +230,30 @@ def test_differences_are_exact_over_several_chunks(monkeypatch):
     assert difference(x, x, torch.finfo(torch.bfloat16)) == pytest.approx(
         ((x.abs().max() * once).item(), (x.double().abs().mean() * once).item())
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "share"),
+    [
+        ((3.0, 0.0, 1.0, 1.0), 1.0),
+        ((0.0, 2.5, 1.0, 1.0), 1.0),
+        ((1.5, 0.25, 1.0, 1.0), 0.5),
+        ((0.0, 0.0, 0.0, 0.0), 0.0),
+        ((1e-9, 1e-9, 0.0, 0.0), torch.inf),
+    ],
+)
+def test_the_limits(row, share):
+    assert Row(*row).share == share
+
+
+@pytest.mark.parametrize("bad", range(4))
+def test_nan_is_beyond_every_limit(bad):
+    row = Row(*(torch.nan if i == bad else 1.0 for i in range(4)))
+    assert not row.share <= 1
+    rows = {f"small{i}": Row(i / 100, 0, 1, 1) for i in range(20)} | {"bad": row}
+    shown = str(Comparison(Row(0, 0, 1, 1), Row(0, 0, 1, 1), rows, (1.0, 1.0), torch.bfloat16)).splitlines()
+    assert shown[3].startswith("bad ")
+    assert shown[4].startswith("small19 ")
 
 
 @pytest.mark.parametrize(

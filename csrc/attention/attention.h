@@ -62,7 +62,7 @@ struct Sight {
 // A mask broadcast to (B, H, T, S) by strides that are 0 where it has one element. bool: true = attend; float: added to
 // s.
 struct Mask {
-  enum Kind { kNone, kBool, kFloat, kBfloat16 } kind;
+  enum Kind { kNone, kBool, kFloat, kBfloat16, kFloat16 } kind;
   const void* data;
   int64_t batch, head, token, key;
 };

@@ -265,5 +265,6 @@ void attention_backward(const AttentionBackward<T>& p) {
 
 LK_KERNEL(AttentionBackward<float>, attention_backward<float>);
 LK_KERNEL(AttentionBackward<bfloat16>, attention_backward<bfloat16>);
+LK_KERNEL(AttentionBackward<float16>, attention_backward<float16>);
 
 }  // namespace llamakern::LK_ISA

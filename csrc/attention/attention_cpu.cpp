@@ -176,5 +176,6 @@ void attention_forward(const AttentionForward<T>& p) {
 
 LK_KERNEL(AttentionForward<float>, attention_forward<float>);
 LK_KERNEL(AttentionForward<bfloat16>, attention_forward<bfloat16>);
+LK_KERNEL(AttentionForward<float16>, attention_forward<float16>);
 
 }  // namespace llamakern::LK_ISA

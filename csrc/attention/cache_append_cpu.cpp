@@ -22,5 +22,6 @@ static void cache_append(const CacheAppend<T>& p) {
 
 LK_KERNEL(CacheAppend<float>, cache_append<float>);
 LK_KERNEL(CacheAppend<bfloat16>, cache_append<bfloat16>);
+LK_KERNEL(CacheAppend<float16>, cache_append<float16>);
 
 }  // namespace llamakern::LK_ISA

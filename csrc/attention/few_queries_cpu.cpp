@@ -217,5 +217,6 @@ void few_queries(const AttentionForward<T>& p) {
 
 template void few_queries(const AttentionForward<float>&);
 template void few_queries(const AttentionForward<bfloat16>&);
+template void few_queries(const AttentionForward<float16>&);
 
 }  // namespace llamakern::LK_ISA

@@ -131,14 +131,16 @@ inline Vec mask_bias(const Mask& mask, int64_t at, int64_t left) {
     for (int i = 0; i < n; ++i) x[i] = seen[i * mask.key] ? 0.0f : -INFINITY;
     return x;
   }
-  const auto* floats = static_cast<const float*>(mask.data) + at;
-  const auto* bfloats = static_cast<const bfloat16*>(mask.data) + at;
-  const bool wide = mask.kind == Mask::kFloat;
-  if (mask.key == 1)
-    x = wide ? load(floats, n) : load(bfloats, n);
-  else
-    for (int i = 0; i < n; ++i) x[i] = wide ? floats[i * mask.key] : to_float(bfloats[i * mask.key]);
-  return x * kLog2e;  // the lowest finite value, which some write for "hidden", becomes -inf
+  const auto read = [&]<typename U>(const U* p) {
+    if (mask.key == 1) return load(p, n);
+    for (int i = 0; i < n; ++i) x[i] = to_float(p[i * mask.key]);
+    return x;
+  };
+  // The lowest finite value, which some write for "hidden", becomes -inf: by the product, or for float16 by name.
+  if (mask.kind == Mask::kFloat) return read(static_cast<const float*>(mask.data) + at) * kLog2e;
+  if (mask.kind == Mask::kBfloat16) return read(static_cast<const bfloat16*>(mask.data) + at) * kLog2e;
+  const Vec added = read(static_cast<const float16*>(mask.data) + at);
+  return where(added == broadcast(-65504.0f), broadcast(-INFINITY), added * kLog2e);
 }
 
 // Where the mask row of one query row begins at key 0.

@@ -195,8 +195,9 @@ Segment(const uint32_t*, int64_t, Fill, After) -> Segment<Fill, After>;
 
 // C of `count` strips from `strip` on and `rows` rows from `row` on, at c [strip][padded rows][width].
 template <typename W, int MV, Panel kPanel, typename Fill, typename After>
-void accumulate(float* c, bool& add, uint32_t* panel, const Segment<Fill, After>& segment, int64_t strip, int64_t count,
-                int64_t row, int64_t rows) {
+__attribute__((noinline)) static void accumulate(float* c, bool& add, uint32_t* panel,
+                                                 const Segment<Fill, After>& segment, int64_t strip, int64_t count,
+                                                 int64_t row, int64_t rows) {
   constexpr int64_t width = kWidth<MV>, tile_rows = kRows<MV>;
   const int64_t padded = round_up(rows, tile_rows), c_strip = padded * width;
   for (int64_t word = 0; word < segment.words; word += kDepth<MV>) {

@@ -53,8 +53,13 @@ inline __m256i narrow(Vec x) {
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
 #endif
 }
+inline Vec load(const float16* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline Vec load(const float16* p, int n) { return (Vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline void store(bfloat16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, narrow(x)); }
 inline void store(bfloat16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x)); }
+inline __m256i narrow_half(Vec x) { return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+inline void store(float16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, narrow_half(x)); }
+inline void store(float16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_half(x)); }
 inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
 inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -74,9 +79,11 @@ inline void store(float* p, Vec x, int n) { _mm256_maskstore_ps(p, first(n), (__
 inline Vec load(const bfloat16* p) {
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
-inline Vec load(const bfloat16* p, int n) {
-  alignas(16) bfloat16 whole[8] = {};
-  memcpy(whole, p, size_t(n) * 2);
+inline Vec load(const float16* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+template <typename T>
+inline Vec load(const T* p, int n) {
+  alignas(16) T whole[8] = {};
+  memcpy(whole, p, size_t(n) * sizeof(T));
   return load(whole);
 }
 inline void store(bfloat16* p, Vec x) {
@@ -88,10 +95,14 @@ inline void store(bfloat16* p, Vec x) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0x08);
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }
-inline void store(bfloat16* p, Vec x, int n) {
-  alignas(16) bfloat16 whole[8];
+inline void store(float16* p, Vec x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+template <typename T>
+inline void store(T* p, Vec x, int n) {
+  alignas(16) T whole[8];
   store(whole, x);
-  memcpy(p, whole, size_t(n) * 2);
+  memcpy(p, whole, size_t(n) * sizeof(T));
 }
 inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
@@ -115,9 +126,11 @@ inline float max_of(Vec x) {
 inline Vec load(const float* p) { return (Vec)vld1q_f32(p); }
 inline void store(float* p, Vec x) { vst1q_f32(p, (float32x4_t)x); }
 inline Vec load(const bfloat16* p) { return (Vec)vshll_n_u16(vld1_u16(&p->bits), 16); }
+inline Vec load(const float16* p) { return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
 inline void store(bfloat16* p, Vec x) {
   for (int i = 0; i < 4; ++i) p[i] = from_float<bfloat16>(x[i]);
 }
+inline void store(float16* p, Vec x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x))); }
 template <typename T>
 inline Vec load(const T* p, int n) {
   T whole[4] = {};

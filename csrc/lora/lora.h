@@ -54,6 +54,8 @@ struct LoraLinear {
   const T* base;  // [M, N]  x Wᵀ + bias
   const T* x;     // [M, K]  row stride x_row
   int64_t x_row;
+  const T* w;      // [N, K]  and bias are read where T has too short a range for an element of base, but not for y
+  Either<T> bias;  // [N] or null
   Lora<P> lora;
   int64_t M, N, K;
 };

@@ -127,20 +127,38 @@ static void down(float* h, uint32_t* h_lanes, const uint32_t* lanes, const T* x,
 
 // ---------------------------------------------------------------------------------------------- forward
 
+template <typename A, typename B>
+static float dot(const A* a, const B* b, int64_t n) {
+  Vec total = {};
+  for (int64_t i = 0; i < n; i += kLanes)
+    total = fma(load(a + i, lanes_left(n - i)), load(b + i, lanes_left(n - i)), total);
+  return sum(total);
+}
+
 // y = base + s·h Bᵀ; where the second term is 0 the base's bits stay, -0 included.
-template <int MV, typename T>
+template <int MV, typename T, typename P>
 struct AddTokens {
-  T* y;
-  const T* base;
-  int64_t M, N;
+  const LoraLinear<T, P>& p;
 
   void operator()(const float* c, int64_t strip, int64_t n, int64_t rows) const {
     const int64_t m = strip * kWidth<MV>;
-    unpack_lanes(y + m * N + n, N, c, kWidth<MV>, rows, min64(M - m, kWidth<MV>),
+    unpack_lanes(p.y + m * p.N + n, p.N, c, kWidth<MV>, rows, min64(p.M - m, kWidth<MV>),
                  [&](int64_t row, int64_t lane, Vec sum) {
-                   const Vec b = load(base + (m + lane) * N + n + row, lanes_left(rows - row));
+                   const Vec b = base(m + lane, n + row, lanes_left(rows - row));
                    return sum == Vec{} ? b : b + sum;
                  });
+  }
+
+ private:
+  // kLanes elements of row m, `there` of them in the matrix; those that float16 could not hold are computed again.
+  Vec base(int64_t m, int64_t n, int there) const {
+    Vec b = load(p.base + m * p.N + n, there);
+    if constexpr (std::is_same_v<T, float16>)
+      for (int i = 0; i < there && max_of(max(b, -b)) == INFINITY; ++i)
+        if (std::isinf(b[i])) {
+          b[i] = dot(p.x + m * p.x_row, p.w + (n + i) * p.K, p.K) + (p.bias ? p.bias[n + i] : 0.0f);
+        }
+    return b;
   }
 };
 
@@ -152,17 +170,9 @@ static void lora_linear(const LoraLinear<T, P>& p) {
     Scratch<uint32_t> lanes(packed_size<W, MV>(M, p.K)), h_lanes(packed_size<W, MV>(M, R));
     if (!p.lora.drop.seed) pack_rows<W, MV>(lanes, p.x, p.x_row, M, p.K);
     down<W, MV>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, p.K);
-    gemm<W, MV, Panel::kByRow>(M, p.N, AddTokens<MV, T>{p.y, p.base, M, p.N},
+    gemm<W, MV, Panel::kByRow>(M, p.N, AddTokens<MV, T, P>{p},
                                Segment{h_lanes, words_of<W>(R), DenseRows<W, P>{p.lora.b, R, R}});
   });
-}
-
-template <typename A, typename B>
-static float dot(const A* a, const B* b, int64_t n) {
-  Vec total = {};
-  for (int64_t i = 0; i < n; i += kLanes)
-    total = fma(load(a + i, lanes_left(n - i)), load(b + i, lanes_left(n - i)), total);
-  return sum(total);
 }
 
 // A few tokens: h by plain dots, and the adapter's term added to each sum of the stream.
@@ -275,5 +285,7 @@ static void nf4_lora_linear_backward(const Nf4LoraLinearBackward<T, P>& p) {
 LK_LORA_KERNELS(float, float);
 LK_LORA_KERNELS(bfloat16, bfloat16);
 LK_LORA_KERNELS(bfloat16, float);
+LK_LORA_KERNELS(float16, float16);
+LK_LORA_KERNELS(float16, float);
 
 }  // namespace llamakern::LK_ISA

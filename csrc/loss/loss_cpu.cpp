@@ -127,11 +127,11 @@ static void probabilities(Chunk<T, MV>& k) {
       for (int64_t i = lane; i < lane + kLanes; ++i) {
         const int64_t v = k.label(i);
         if (v < first || v >= k.end_of(block)) continue;
-        const T value = from_float<T>(k.g[i] * (std::exp(-k.loss[i]) - 1));
+        const float p = k.g[i] * (std::exp(-k.loss[i]) - 1);
         if constexpr (W::kPer == 2)
-          memcpy(reinterpret_cast<uint16_t*>(k.word(i, v)) + v % 2, &value, 2);
+          reinterpret_cast<bfloat16*>(k.word(i, v))[v % 2] = from_float<bfloat16>(p);
         else
-          *reinterpret_cast<float*>(k.word(i, v)) = to_float(value);
+          *reinterpret_cast<float*>(k.word(i, v)) = p;
       }
     }
   });
@@ -170,9 +170,14 @@ struct ProbabilityRows {
   }
 };
 
-// Adds the chunk's share. Between chunks a bfloat16 dW is kept as dw + low: 16 bits of mantissa.
+// What is kept of dW beside dw between chunks.
+template <typename T>
+using Rest = std::conditional_t<std::is_same_v<T, float16>, float, T>;
+
+// Adds the chunk's share. Between chunks a bfloat16 dW is kept as dw + low: 16 bits of mantissa. A float16 one has too
+// short a range for either part: it is kept in low alone.
 template <typename T, int MV>
-static void weight_gradient(Chunk<T, MV>& k, T* low, bool first, bool last) {
+static void weight_gradient(Chunk<T, MV>& k, Rest<T>* low, bool first, bool last) {
   using W = Words<T>;
   const auto& p = k.p;
   constexpr int kVecs = kTileVecs;
@@ -181,13 +186,15 @@ static void weight_gradient(Chunk<T, MV>& k, T* low, bool first, bool last) {
   const auto store_block = [&](const float* c, int64_t strip, int64_t row, int64_t rows) {
     const int64_t begin = strip * kWidth<kVecs>, lanes = min64(p.C - begin, kWidth<kVecs>);
     for (int64_t r = 0; r < rows; ++r, c += kWidth<kVecs>) {
-      T *dw = p.dw + (row + r) * p.C + begin, *rest = low ? low + (row + r) * p.C + begin : nullptr;
+      T* dw = p.dw + (row + r) * p.C + begin;
+      Rest<T>* rest = low ? low + (row + r) * p.C + begin : nullptr;
       for_vectors(lanes, [=](int64_t i, auto n) {
+        constexpr bool kAlone = std::is_same_v<T, float16>;
         Vec x = load(c + i, n);
-        if (!first) x += load(dw + i, n);
+        if (!first && !kAlone) x += load(dw + i, n);
         if (!first && rest) x += load(rest + i, n);
-        store(dw + i, x, n);
-        if (!last && rest) store(rest + i, x - load(dw + i, n), n);
+        if (last || !kAlone) store(dw + i, x, n);
+        if (!last && rest) store(rest + i, kAlone ? x : x - load(dw + i, n), n);
       });
     }
   };
@@ -209,13 +216,13 @@ static void linear_cross_entropy(const LinearCrossEntropy<T>& p) {
   }
   if (p.dw && count == 0) memset(p.dw, 0, size_t(p.V * p.C) * sizeof(T));
 
-  // A bfloat16 dW that is summed over chunks needs `low`. Tokens whose P takes no more memory than that go at once.
+  // A 16-bit dW that is summed over chunks needs `low`. Tokens whose P takes no more memory than that go at once.
   const int64_t low_size = p.dw && sizeof(T) == 2 ? p.V * p.C : 0;
-  const int64_t budget = max64(kChunkBytes, low_size * int64_t(sizeof(T)));
+  const int64_t budget = max64(kChunkBytes, low_size * int64_t(sizeof(Rest<T>)));
   const int64_t at_once = max64(kStrip, budget / (4 * max64(1, words_of<Words<T>>(p.V))) / kStrip * kStrip);
   const int64_t chunks = ceil_div(count, at_once), size = round_up(ceil_div(count, max64(1, chunks)), kStrip);
-  Scratch<T> low(chunks > 1 ? low_size : 0);
-  T* const rest = chunks > 1 && low_size ? low.get() : nullptr;
+  Scratch<Rest<T>> low(chunks > 1 ? low_size : 0);
+  Rest<T>* const rest = chunks > 1 && low_size ? low.get() : nullptr;
   for (int64_t from = 0; from < count; from += size)
     with_strips(min64(size, count - from), [&]<int MV>() {
       Chunk<T, MV> k(p, tokens + from, min64(size, count - from));
@@ -243,5 +250,6 @@ static void linear_cross_entropy(const LinearCrossEntropy<T>& p) {
 
 LK_KERNEL(LinearCrossEntropy<float>, linear_cross_entropy);
 LK_KERNEL(LinearCrossEntropy<bfloat16>, linear_cross_entropy);
+LK_KERNEL(LinearCrossEntropy<float16>, linear_cross_entropy);
 
 }  // namespace llamakern::LK_ISA

@@ -109,12 +109,16 @@ static void nf4_linear_backward(const Nf4LinearBackward<T>& p) {
 
 LK_KERNEL(Nf4Quantize<float>, nf4_quantize<float>);
 LK_KERNEL(Nf4Quantize<bfloat16>, nf4_quantize<bfloat16>);
+LK_KERNEL(Nf4Quantize<float16>, nf4_quantize<float16>);
 LK_KERNEL(Nf4Dequantize<float>, nf4_dequantize<float>);
 LK_KERNEL(Nf4Dequantize<bfloat16>, nf4_dequantize<bfloat16>);
+LK_KERNEL(Nf4Dequantize<float16>, nf4_dequantize<float16>);
 LK_KERNEL(Nf4DoubleQuantize, nf4_double_quantize);
 LK_KERNEL(Nf4Linear<float>, nf4_linear<float>);
 LK_KERNEL(Nf4Linear<bfloat16>, nf4_linear<bfloat16>);
+LK_KERNEL(Nf4Linear<float16>, nf4_linear<float16>);
 LK_KERNEL(Nf4LinearBackward<float>, nf4_linear_backward<float>);
 LK_KERNEL(Nf4LinearBackward<bfloat16>, nf4_linear_backward<bfloat16>);
+LK_KERNEL(Nf4LinearBackward<float16>, nf4_linear_backward<float16>);
 
 }  // namespace llamakern::LK_ISA

@@ -15,7 +15,8 @@ inline bool can_stream(const Nf4Matrix& w, int64_t M) { return M <= kStreamToken
 
 // sums[r][m] = Σ_k W[row + r·far][k] · x[m][k], x as words [M][K / kPer].
 template <typename W, int M, int NR>
-inline void stream_rows(float (&sums)[NR][M], const Nf4Matrix& w, int64_t row, int64_t far, const uint32_t* x) {
+__attribute__((noinline)) static void stream_rows(float (&sums)[NR][M], const Nf4Matrix& w, int64_t row, int64_t far,
+                                                  const uint32_t* x) {
   constexpr int chains = M == 1   ? (kUnitVecs<W> < 4 ? kUnitVecs<W> : 4)
                          : M == 2 ? 2
                                   : 1;  // sums that do not wait for each other

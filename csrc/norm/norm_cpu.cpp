@@ -1,6 +1,8 @@
 // RMSNorm on the CPU: a row is read from memory once and stays in the cache for its second loop.
 #include "norm.h"
 
+#include <type_traits>
+
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "../common/vec.h"
@@ -22,28 +24,27 @@ static float inverse_rms(const T* s, float sum_of_squares, float eps, int64_t C)
 
 template <typename T, typename W>
 static void norm_row(const RmsNorm<T, W>& p, int64_t m) {
-  const T* s = p.x + m * p.x_row;
+  const T *x = p.x + m * p.x_row, *residual = p.residual ? p.residual + m * p.residual_row : nullptr;
+  T* sum_out = residual ? p.s + m * p.C : nullptr;
+  const T* s = residual ? sum_out : x;
+  // As it was rounded, since the backward sees only this. A float16 sum may be too large for its type while y is not.
+  const auto s_at = [=](int64_t c, auto n) {
+    const Vec rounded = load(s + c, n);
+    if constexpr (std::is_same_v<T, float16>)
+      if (residual) return max(rounded, -rounded) < INFINITY ? rounded : load(x + c, n) + load(residual + c, n);
+    return rounded;
+  };
   Vec squares{};
-  if (p.residual) {
-    const T *x = s, *residual = p.residual + m * p.residual_row;
-    T* sum_out = p.s + m * p.C;
-    for_vectors(p.C, [&](int64_t c, auto n) {
-      store(sum_out + c, load(x + c, n) + load(residual + c, n), n);
-      const Vec v = load(sum_out + c, n);  // as it was rounded: the backward sees only this
-      squares = fma(v, v, squares);
-    });
-    s = sum_out;
-  } else {
-    for_vectors(p.C, [&](int64_t c, auto n) {
-      const Vec v = load(s + c, n);
-      squares = fma(v, v, squares);
-    });
-  }
+  for_vectors(p.C, [&](int64_t c, auto n) {
+    if (residual) store(sum_out + c, load(x + c, n) + load(residual + c, n), n);
+    const Vec v = s_at(c, n);
+    squares = fma(v, v, squares);
+  });
   const Vec r = broadcast(inverse_rms(s, sum(squares), p.eps, p.C));
   T* y = p.y + m * p.C;
   const W* weight = p.weight;
   for_vectors(p.C, [=](int64_t c, auto n) {
-    const Vec normed = load(s + c, n) * r;
+    const Vec normed = s_at(c, n) * r;
     store(y + c, weight ? normed * load(weight + c, n) : normed, n);
   });
 }
@@ -56,6 +57,14 @@ static void rms_norm(const RmsNorm<T, W>& p) {
   });
 }
 
+// A float16 s that was too large for its type counts as the largest number.
+template <typename T, typename N>
+static Vec load_sum(const T* s, N n) {
+  const Vec v = load(s, n);
+  if constexpr (std::is_same_v<T, float16>) return max(broadcast(-65504.0f), min(broadcast(65504.0f), v));
+  return v;
+}
+
 // dx of row m; its share of dweight is added to dweight[C], if there is one.
 template <typename T, typename W>
 static void norm_row_backward(const RmsNormBackward<T, W>& p, int64_t m, float* dweight) {
@@ -63,7 +72,7 @@ static void norm_row_backward(const RmsNormBackward<T, W>& p, int64_t m, float* 
   const W* weight = p.weight;
   Vec squares{}, products{};
   for_vectors(p.C, [&](int64_t c, auto n) {
-    const Vec v = load(s + c, n);
+    const Vec v = load_sum(s + c, n);
     const Vec d = load(dy + c, n), g = weight ? d * load(weight + c, n) : d;
     squares = fma(v, v, squares);
     products = fma(g, v, products);
@@ -72,7 +81,7 @@ static void norm_row_backward(const RmsNormBackward<T, W>& p, int64_t m, float* 
   const Vec r = broadcast(r1), along = broadcast(sum(products) / float(p.C) * r1);  // mean(g·s)·r
   T* dx = p.dx + m * p.C;
   for_vectors(p.C, [=](int64_t c, auto n) {
-    const Vec normed = load(s + c, n) * r, d = load(dy + c, n), g = weight ? d * load(weight + c, n) : d;
+    const Vec normed = load_sum(s + c, n) * r, d = load(dy + c, n), g = weight ? d * load(weight + c, n) : d;
     const Vec through = (g - normed * along) * r;
     store(dx + c, ds ? through + load(ds + c, n) : through, n);
     if (dweight) store(dweight + c, fma(d, normed, load(dweight + c, n)), n);
@@ -103,15 +112,23 @@ static void rms_norm_backward(const RmsNormBackward<T, W>& p) {
 using Float = RmsNorm<float, float>;
 using Bfloat16 = RmsNorm<bfloat16, bfloat16>;
 using Bfloat16Wide = RmsNorm<bfloat16, float>;
+using Float16 = RmsNorm<float16, float16>;
+using Float16Wide = RmsNorm<float16, float>;
 LK_KERNEL(Float, rms_norm);
 LK_KERNEL(Bfloat16, rms_norm);
 LK_KERNEL(Bfloat16Wide, rms_norm);
+LK_KERNEL(Float16, rms_norm);
+LK_KERNEL(Float16Wide, rms_norm);
 
 using FloatBackward = RmsNormBackward<float, float>;
 using Bfloat16Backward = RmsNormBackward<bfloat16, bfloat16>;
 using Bfloat16WideBackward = RmsNormBackward<bfloat16, float>;
+using Float16Backward = RmsNormBackward<float16, float16>;
+using Float16WideBackward = RmsNormBackward<float16, float>;
 LK_KERNEL(FloatBackward, rms_norm_backward);
 LK_KERNEL(Bfloat16Backward, rms_norm_backward);
 LK_KERNEL(Bfloat16WideBackward, rms_norm_backward);
+LK_KERNEL(Float16Backward, rms_norm_backward);
+LK_KERNEL(Float16WideBackward, rms_norm_backward);
 
 }  // namespace llamakern::LK_ISA

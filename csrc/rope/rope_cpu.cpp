@@ -41,5 +41,6 @@ static void rope(const Rope<T>& p) {
 
 LK_KERNEL(Rope<float>, rope<float>);
 LK_KERNEL(Rope<bfloat16>, rope<bfloat16>);
+LK_KERNEL(Rope<float16>, rope<float16>);
 
 }  // namespace llamakern::LK_ISA

@@ -48,7 +48,9 @@ static void swiglu_backward(const SwigluBackward<T>& p) {
 
 LK_KERNEL(Swiglu<float>, swiglu);
 LK_KERNEL(Swiglu<bfloat16>, swiglu);
+LK_KERNEL(Swiglu<float16>, swiglu);
 LK_KERNEL(SwigluBackward<float>, swiglu_backward);
 LK_KERNEL(SwigluBackward<bfloat16>, swiglu_backward);
+LK_KERNEL(SwigluBackward<float16>, swiglu_backward);
 
 }  // namespace llamakern::LK_ISA

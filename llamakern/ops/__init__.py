@@ -3,7 +3,6 @@
 from llamakern.ops.attention import attention as attention
 from llamakern.ops.attention import attention_decode as attention_decode
 from llamakern.ops.attention import cache_append_ as cache_append_
-from llamakern.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from llamakern.ops.lora import lora_linear as lora_linear
 from llamakern.ops.lora import nf4_lora_linear as nf4_lora_linear
 from llamakern.ops.loss import linear_cross_entropy as linear_cross_entropy
@@ -13,4 +12,5 @@ from llamakern.ops.nf4 import nf4_linear as nf4_linear
 from llamakern.ops.nf4 import nf4_quantize as nf4_quantize
 from llamakern.ops.norm import rms_norm as rms_norm
 from llamakern.ops.rope import rope as rope
+from llamakern.ops.sdpa import scaled_dot_product_attention as scaled_dot_product_attention
 from llamakern.ops.swiglu import swiglu as swiglu

@@ -42,8 +42,8 @@ def attention(
     A query that sees no key gives 0, lse -inf and gradient 0. cu_seqlens: B = 1 and n sequences lie one after the
     other, the first from token 0 to cu_seqlens[1]; each sees only itself, and its positions begin at its own start.
     Head_dim is at most 256; query head h reads key/value head h // (H / Hkv). Gradients flow to q, k and v, from y and
-    lse, and have equal bits in every run. float32 and bfloat16; sums are float32. Under autocast q, k and v take its
-    dtype. Raises ValueError for shapes and values, TypeError for dtypes.
+    lse, and have equal bits in every run. float32, bfloat16 and float16; sums are float32. Under autocast q, k and v
+    take its dtype. Raises ValueError for shapes and values, TypeError for dtypes.
     """
     if not prompt_k is prompt_v is prompt_gate is None:
         raise NotImplementedError("attention: prompt_k is not built yet")
@@ -53,41 +53,6 @@ def attention(
     call = _recorded if wants_grad(q, k, v) else _raw
     y, lse = call(q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, False)
     return (y, lse) if return_lse else y
-
-
-def scaled_dot_product_attention(
-    query: Tensor,  # (B, H, T, D)
-    key: Tensor,  # (B, H or Hkv, S, D)
-    value: Tensor,
-    attn_mask: Tensor | None = None,  # bool, True = attend, or float, added to scores; as (B, H, T, S)
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:  # (B, H, T, D)
-    """torch.nn.functional.scaled_dot_product_attention by `attention`: its signature, its causal (top-left, j <= t).
-
-    attn_mask is broadcast to (B, H, T, S). In a float mask torch.finfo(dtype).min counts as -inf; a query that sees no
-    key gives 0. Raises NotImplementedError for dropout and for a mask that needs a gradient, ValueError for shapes, for
-    a mask beside is_causal and for grouped heads without enable_gqa, TypeError for dtypes.
-    """
-    op = "scaled_dot_product_attention"
-    if dropout_p > 0:
-        raise NotImplementedError(f"{op}: dropout_p must be 0, got {dropout_p}")
-    if attn_mask is not None:
-        if is_causal:
-            raise ValueError(f"{op}: attn_mask must be None where is_causal is True")
-        if wants_grad(attn_mask):
-            raise NotImplementedError(f"{op}: attn_mask must not require a gradient")
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        shapes = ", ".join(str(list(t.shape)) for t in (query, key, value))
-        raise ValueError(f"{op}: query, key and value must have shape (B, H, T, D), got {shapes}")
-    if query.shape[1] != key.shape[1] and not enable_gqa:
-        raise ValueError(f"{op}: key must have query's {query.shape[1]} heads without enable_gqa, got {key.shape[1]}")
-    q, k, v = _autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    call = _recorded if wants_grad(q, k, v) else _raw
-    return call(q, k, v, attn_mask, is_causal, scale, None, None, None, None, True)[0].transpose(1, 2)
 
 
 def attention_decode(
@@ -203,15 +168,6 @@ def cache_append_reference_(k_cache, v_cache, k, v, lengths):
     T = k.shape[1]
     for b, n in enumerate(lengths.tolist()):
         k_cache[b, n - T : n], v_cache[b, n - T : n] = k[b], v[b]
-
-
-def scaled_dot_product_attention_reference(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
-):
-    """torch's own."""
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
 
 
 # ------------------------------------------------------------------------------------------- torch.compile and autograd

@@ -33,23 +33,27 @@ def lora_linear(
 ) -> Tensor:  # (..., N)
     """y = out_scale ⊙ (x̂ Wᵀ + s·drop(x̂) Aᵀ Bᵀ) + bias, where x̂ = in_scale ⊙ x.
 
-    x and w are float32 or bfloat16; lora_a and lora_b both have that dtype or are both float32. Gradients flow to every
-    tensor that requires one, w included. With B = 0 the result is F.linear(x, w, bias), bit for bit. The same seed
-    gives the same dropout mask. Under autocast x and w take autocast's dtype. Raises ValueError for shapes and values,
-    TypeError for dtypes.
+    x and w are float32, bfloat16 or float16; lora_a and lora_b both have that dtype or are both float32. Gradients flow
+    to every tensor that requires one, w included. With B = 0 the result is F.linear(x, w, bias), bit for bit. The same
+    seed gives the same dropout mask. Under autocast x and w take autocast's dtype. Raises ValueError for shapes and
+    values, TypeError for dtypes.
     """
-    if autocast_dtype(x) is not None:
-        w = w.to(autocast_dtype(x))
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, w = x.to(dtype), w.to(dtype)
+    _check_dense(x, w, bias)
 
-    def linear(x, bias):
-        _check_dense(x, w, bias)
+    def linear(x, bias, w, lora_a, lora_b):
+        bias = None if bias is None else bias.to(x.dtype)
         # torch's own routine: in bfloat16 it is as fast as ours, and the frozen base keeps its bits. The gradients of x
         # and w are those of the fused op below.
-        base = F.linear(x.detach(), w.detach(), None if bias is None else bias.to(x.dtype))
+        base = F.linear(x.detach(), w.detach(), bias)
+        # An element of base may leave float16's range where y does not: then it is computed again, with this bias.
+        again = bias.detach() if bias is not None and x.dtype == torch.float16 else None
         call = _recorded if wants_grad(base, x, w, lora_a, lora_b) else _raw
-        return call(base, x, w, lora_a, lora_b, seed, scale, dropout)[0]
+        return call(base, x, w, lora_a, lora_b, again, seed, scale, dropout)[0]
 
-    return scaled("lora_linear", linear, x, bias, in_scale, out_scale)
+    return scaled("lora_linear", linear, x, bias, in_scale, out_scale, w, lora_a, lora_b)
 
 
 def nf4_lora_linear(
@@ -77,13 +81,13 @@ def nf4_lora_linear(
     """
     N, K = _shape("nf4_lora_linear", weight, shape)
 
-    def linear(x, bias):
+    def linear(x, bias, lora_a, lora_b):
         call = _recorded_nf4 if wants_grad(x, lora_a, lora_b, bias) else _raw_nf4
         return call(
             x, weight, absmax, lora_a, lora_b, bias, absmax_scale, absmax_offset, seed, scale, dropout, N, K, block_size
         )[0]
 
-    return scaled("nf4_lora_linear", linear, x, bias, in_scale, out_scale)
+    return scaled("nf4_lora_linear", linear, x, bias, in_scale, out_scale, lora_a, lora_b)
 
 
 def dropout_mask_reference(seed, M, K, dropout):
@@ -165,7 +169,7 @@ def _fake_outputs(x, N, lora_a):
     return x.new_empty(*x.shape[:-1], N), x.new_empty(x.shape[:-1].numel(), lora_a.shape[0], dtype=torch.float32)
 
 
-def _fake(base, x, w, lora_a, lora_b, seed, scale, dropout):
+def _fake(base, x, w, lora_a, lora_b, bias, seed, scale, dropout):
     return _fake_outputs(x, w.shape[0], lora_a)
 
 
@@ -193,7 +197,7 @@ _nf4_lora_linear_backward = backward_op("nf4_lora_linear_backward", fake=_fake_n
 
 
 def _setup_context(ctx, inputs, output):
-    _base, x, w, lora_a, lora_b, seed, *ctx.knobs = inputs
+    _base, x, w, lora_a, lora_b, _bias, seed, *ctx.knobs = inputs
     h = output[1]
     ctx.mark_non_differentiable(h)
     ctx.save_for_backward(x, w, lora_a, lora_b, h, seed)
@@ -203,9 +207,15 @@ def _backward(ctx, dy, _dh):
     saved = x, *_ = ctx.saved_tensors  # read once: activation checkpointing allows no more
     want_dx = ctx.needs_input_grad[1]
     dx, da, db = _lora_linear_backward(dy, *saved, *ctx.knobs, want_dx)
-    # torch's own matmul here too, as for the base of the forward; its bits may depend on the number of threads.
-    dw = tokens(dy).mT @ tokens(x) if ctx.needs_input_grad[2] else None
-    return dy, dx if want_dx else None, dw, da, db, None, None, None
+    dw = _weight_gradient(tokens(dy), tokens(x)) if ctx.needs_input_grad[2] else None
+    return dy, dx if want_dx else None, dw, da, db, None, None, None, None
+
+
+def _weight_gradient(dy, x):
+    """dyᵀ x by torch's own matmul, as the base of the forward; its bits may depend on the number of threads."""
+    if x.dtype == torch.float16 and x.device.type == "cpu":  # where torch's takes ten times as long as in float32
+        return (dy.float().mT @ x.float()).to(x.dtype)
+    return dy.mT @ x
 
 
 def _setup_context_nf4(ctx, inputs, output):

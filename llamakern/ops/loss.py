@@ -25,17 +25,18 @@ def linear_cross_entropy(
     """F.cross_entropy(h @ w_head.T, labels): the logits appear block by block, never all at once.
 
     For a gradient with "mean" or "sum" the probabilities of one chunk of tokens are kept while it is worked on: at most
-    32 MiB, or the size of dW where a bfloat16 w_head trains.
+    32 MiB, or the size of dW where a bfloat16 w_head trains, twice that in float16.
 
     Labels are already shifted: labels[m] is the token that h[m] must predict, or ignore_index. The mean is over the
     labels that are not ignored; where all are, it is nan, as in torch. Ignored tokens cost no time, and their gradient
     is 0. Gradients flow to h and w_head. With "mean" and "sum" they are computed along with the loss and kept for the
-    backward; with "none" the backward computes the scores again. float32 and bfloat16; the loss is float32. Raises
-    ValueError for shapes, devices, labels outside the vocabulary and an unknown reduction, TypeError for dtypes.
+    backward; with "none", and in float16, whose range they may need a loss scale to enter, the backward computes the
+    scores again. float32, bfloat16 and float16; the loss is float32. Raises ValueError for shapes, devices, labels
+    outside the vocabulary and an unknown reduction, TypeError for dtypes.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    along = reduction != "none"
+    along = reduction != "none" and h.dtype != torch.float16
     with_dh, with_dw = wants_grad(h), wants_grad(w_head)
     call = _recorded if with_dh or with_dw else _raw
     reduction = REDUCTIONS.index(reduction)

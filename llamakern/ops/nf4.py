@@ -34,11 +34,11 @@ ABSMAX_BLOCK = 256  # absmax values that share one absmax_scale
 
 
 def nf4_quantize(w: Tensor, *, block_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Quantises w (N, K), float32 or bfloat16, to (weight uint8, absmax float32), bit for bit as bitsandbytes does.
+    """Quantises w (N, K) to (weight uint8, absmax float32), bit for bit as bitsandbytes does.
 
-    Each block of block_size elements (a power of two from 32 to 4096) is divided by its largest magnitude, and each
-    element becomes one of 16 codes. The shapes are those at the top of this page. No gradient. Raises ValueError for
-    shapes and block sizes, TypeError for dtypes.
+    w is float32, bfloat16 or float16. Each block of block_size elements (a power of two from 32 to 4096) is divided by
+    its largest magnitude, and each element becomes one of 16 codes. The shapes are those at the top of this page. No
+    gradient. Raises ValueError for shapes and block sizes, TypeError for dtypes.
     """
     return _quantize(w.detach(), block_size)
 
@@ -57,10 +57,8 @@ def nf4_dequantize(
 
     Raises ValueError for shapes, TypeError for dtypes.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"nf4_dequantize: dtype must be float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
     N, K = _shape("nf4_dequantize", weight, shape)
-    return _dequantize(weight, absmax, absmax_scale, absmax_offset, N, K, block_size, dtype == torch.bfloat16)
+    return _dequantize(weight, absmax, absmax_scale, absmax_offset, N, K, block_size, dtype)
 
 
 def nf4_double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,9 +89,9 @@ def nf4_linear(
 ) -> Tensor:  # (..., N)
     """y = out_scale ⊙ ((in_scale ⊙ x) Wᵀ) + bias, with W decoded from its packed bytes on the fly, never stored.
 
-    x is float32 or bfloat16; bias and the scales have its dtype or float32. Gradients flow to x, bias and the scales
-    (dx = dy W from the same bytes); the weight is frozen. Under autocast x takes autocast's dtype. Raises ValueError
-    for shapes and block sizes, TypeError for dtypes.
+    x is float32, bfloat16 or float16; bias and the scales have its dtype or float32. Gradients flow to x, bias and the
+    scales (dx = dy W from the same bytes); the weight is frozen. Under autocast x takes autocast's dtype. Raises
+    ValueError for shapes and block sizes, TypeError for dtypes.
     """
     N, K = _shape("nf4_linear", weight, shape)
 
@@ -178,22 +176,33 @@ def _shape(op, weight, shape):
     return weight.shape[0], 2 * weight.shape[1]
 
 
-def scaled(op, linear, x, bias, in_scale, out_scale):
-    """out_scale ⊙ linear(in_scale ⊙ x) + bias; linear(x, bias) adds the bias itself where nothing comes between."""
+def scaled(op, linear, x, bias, in_scale, out_scale, *parameters):
+    """out_scale ⊙ linear(in_scale ⊙ x) + bias, where linear(x, bias, *parameters) adds the bias unless it is None.
+
+    A float16 in_scale ⊙ x or linear(x) may leave float16's range where the result does not, so between the scales all
+    is float32.
+    """
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
+    if in_scale is None and out_scale is None:
+        return linear(x, bias, *parameters)
+    dtype = x.dtype
+    if dtype == torch.float16:
+        x, bias, *parameters = (
+            t if t is None or t.dtype != torch.float16 else t.float() for t in (x, bias, *parameters)
+        )
     if in_scale is not None:
         if in_scale.shape != x.shape[-1:]:
             raise ValueError(f"{op}: in_scale must have shape {list(x.shape[-1:])}, got {list(in_scale.shape)}")
         x = (x * in_scale).to(x.dtype)
     if out_scale is None:
-        return linear(x, bias)
-    y = linear(x, None)
+        return linear(x, bias, *parameters).to(dtype)
+    y = linear(x, None, *parameters)
     if out_scale.shape != y.shape[-1:]:
         raise ValueError(f"{op}: out_scale must have shape {list(y.shape[-1:])}, got {list(out_scale.shape)}")
     z = y * out_scale
-    return (z if bias is None else z + bias).to(y.dtype)
+    return (z if bias is None else z + bias).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------- torch.compile and autograd
@@ -206,8 +215,8 @@ def _fake_quantize(w, block_size):
     return w.new_empty((n + 1) // 2, dtype=torch.uint8), w.new_empty(-(-n // block_size), dtype=torch.float32)
 
 
-def _fake_dequantize(weight, absmax, absmax_scale, absmax_offset, N, K, block_size, bf16):
-    return weight.new_empty(N, K, dtype=torch.bfloat16 if bf16 else torch.float32)
+def _fake_dequantize(weight, absmax, absmax_scale, absmax_offset, N, K, block_size, dtype):
+    return weight.new_empty(N, K, dtype=dtype)
 
 
 def _fake_double_quantize(absmax, absmax_offset):

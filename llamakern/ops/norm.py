@@ -20,10 +20,10 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:  # like x
     """Divides each row by its root mean square: y = s·weight / sqrt(mean(s²) + eps), where s = x + residual.
 
-    Returns y, or (y, s) where a residual is given; both have x's dtype, and y is computed from s as it is returned.
-    float32 and bfloat16; the weight may be float32 beside a bfloat16 x; statistics are float32. Gradients flow to x,
-    residual and weight; that of a returned s is added in. Raises ValueError for shapes and devices, TypeError for
-    dtypes.
+    Returns y, or (y, s) where a residual is given; both have x's dtype, and y is computed from s as it is returned
+    (where float16 is too short for s, from the sum itself; in the backward that s counts as 65504). float32, bfloat16
+    and float16; the weight may be float32 beside a narrower x; statistics are float32. Gradients flow to x, residual
+    and weight; that of a returned s is added in. Raises ValueError for shapes and devices, TypeError for dtypes.
     """
     if residual is None:
         return (_recorded if wants_grad(x, weight) else _raw)(x, weight, eps)

@@ -28,8 +28,8 @@ def rope(
     """Turns queries and keys by the angles of their positions: (a, b) -> (a cos - b sin, a sin + b cos).
 
     cos and sin are a table of S positions, whose rows `positions` picks (rows 0 to T-1 without it), or hold a row for
-    each token. Gradients flow to q and k; the backward is the same turn the other way. float32 and bfloat16; the turn
-    itself is done in float32.
+    each token. Gradients flow to q and k; the backward is the same turn the other way. float32, bfloat16 and
+    float16; the turn itself is done in float32.
 
     Raises ValueError for shapes, positions outside the table and an unknown layout, TypeError for dtypes.
     """

@@ -17,8 +17,8 @@ def swiglu(
 ) -> Tensor:  # like gate
     """silu(gate)·up, rounded once. The two may be halves of one tensor.
 
-    Gradients flow to both; the backward computes silu again instead of keeping it. float32 and bfloat16. Raises
-    ValueError for shapes and devices, TypeError for dtypes.
+    Gradients flow to both; the backward computes silu again instead of keeping it. float32, bfloat16 and
+    float16. Raises ValueError for shapes and devices, TypeError for dtypes.
     """
     return (_recorded if wants_grad(gate, up) else _raw)(gate, up)
 

@@ -92,9 +92,9 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         for part, attribute in PARTS.items():
             if (parameter := getattr(module, attribute)) is not None:
                 tensors[f"{root(model, path)}.{part}"] = parameter
-    with base_of(model):
-        for path, bias in adapter.biases.items():
-            tensors[bias_key(model, path, adapter.modules)] = bias
+    if adapter.biases:
+        with base_of(model):  # the adapter has them back
+            tensors |= {bias_key(model, path, adapter.modules): bias for path, bias in adapter.biases.items()}
     return tensors
 
 

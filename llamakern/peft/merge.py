@@ -43,8 +43,8 @@ class MergeReport:
         lines = [f"{'merged linear':<{width}}  relative error of rounding to {self.form}"]
         lines += [f"{name:<{width}}  {error:.2e}" for name, error in self.rounding.items()]
         lines += [
-            f"merging changed the logits of {self.tokens} tokens by at most {self.max:.3g}, {self.mean:.3g} in the mean",
-            f"the adapter had changed them by at most {self.effect:.3g}",
+            f"merging changed the logits of {self.tokens} tokens by at most {self.max:.3g}, {self.mean:.3g} on average",
+            f"the adapter itself had changed them by at most {self.effect:.3g}",
             f"the likeliest token stayed the same for {self.same_token:.1%}",
         ]
         if self.effect == 0:

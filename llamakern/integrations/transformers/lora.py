@@ -15,6 +15,8 @@ from llamakern import ops
 from llamakern.nn import NF4Linear
 from llamakern.ops._door import autocast_dtype
 
+REPACKED = "bitsandbytes has repacked its weight for CPU inference; load the model again"
+
 
 def is_lora(module: nn.Module) -> bool:
     """Whether the module is PEFT's LoRA around a linear."""
@@ -23,8 +25,10 @@ def is_lora(module: nn.Module) -> bool:
 
 
 def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # (..., K) -> (..., N)
-    """PEFT's lora.Linear and lora.Linear4bit."""
+    """PEFT's lora.Linear and lora.Linear4bit. RuntimeError where bitsandbytes would lose the gradient."""
     if args or any(value is not None for value in kwargs.values()) or why_not(self) or not fits(self, x):
+        if torch.is_grad_enabled() and self.training and is_repacked(self.base_layer):
+            raise RuntimeError(f"patch: {REPACKED}, its backward gives no gradient")
         return type(self).forward(self, x, *args, **kwargs)
     name = adapter(self)
     base, drop = self.base_layer, self.lora_dropout[name]
@@ -34,13 +38,13 @@ def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # (..., K) -> (..., N)
         "dropout": dropout,
         "seed": torch.randint(2**62, (1,), device=x.device) if dropout else None,
     }
-    lora = self.lora_A[name].weight, self.lora_B[name].weight
+    lora = {"lora_a": self.lora_A[name].weight, "lora_b": self.lora_B[name].weight, "bias": base.bias}
     if type(base) is nn.Linear:
-        return ops.lora_linear(x, base.weight, *lora, base.bias, **knobs)
+        return ops.lora_linear(x, base.weight, **lora, **knobs)
     if type(base) is NF4Linear:
-        return ops.nf4_lora_linear(x, base.weight, base.absmax, *lora, base.bias, **base.packed, **knobs)
+        return ops.nf4_lora_linear(x, **lora, **base.packed, **knobs)
     weight, absmax, packed = bitsandbytes_weight(base)
-    y = ops.nf4_lora_linear(x.to(compute_dtype(base, x)), weight, absmax, *lora, base.bias, **packed, **knobs)
+    y = ops.nf4_lora_linear(x.to(compute_dtype(base, x)), weight, absmax, **lora, **packed, **knobs)
     return y.to(x.dtype)
 
 
@@ -78,9 +82,12 @@ def why_not_base(base: nn.Module) -> str | None:
     state = getattr(base.weight, "quant_state", None)
     if state is None or state.quant_type != "nf4":
         return "its base layer is not quantised to nf4"
-    if getattr(state, "packing_format_for_cpu", False):
-        return "bitsandbytes has repacked its weight for CPU inference; load the model again"
-    return None
+    return REPACKED if is_repacked(base) else None
+
+
+def is_repacked(base: nn.Module) -> bool:
+    """Whether bitsandbytes' inference on the CPU has put the bytes of a Linear4bit into an order of its own."""
+    return getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
 def fits(layer: nn.Module, x: Tensor) -> bool:
@@ -96,10 +103,9 @@ def fits(layer: nn.Module, x: Tensor) -> bool:
 
 
 def compute_dtype(base: nn.Module, x: Tensor) -> torch.dtype:
-    """The dtype that bitsandbytes' Linear4bit computes in: its setting, or that of the first x that it sees."""
-    if base.compute_type_is_set and base.compute_dtype is not None:
-        return base.compute_dtype
-    return x.dtype
+    """The wider of x's dtype and the one that Linear4bit is told to compute in, if it is told one."""
+    asked = base.compute_dtype if base.compute_type_is_set else None
+    return x.dtype if asked is None else torch.promote_types(x.dtype, asked)
 
 
 def bitsandbytes_weight(base: nn.Module) -> tuple[Tensor, Tensor, dict]:
