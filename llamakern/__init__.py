@@ -14,6 +14,7 @@ from llamakern import peft as peft
 from llamakern.config import LlamaConfig as LlamaConfig
 from llamakern.generation import generate as generate
 from llamakern.model import Llama as Llama
+from llamakern.nn import quantize_ as quantize_
 from llamakern.tokenizer import load_tokenizer as load_tokenizer
 from llamakern.train import TrainConfig as TrainConfig
 from llamakern.train import Trainer as Trainer
@@ -30,3 +31,7 @@ def __getattr__(name: str):
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'llamakern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
