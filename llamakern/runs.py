@@ -117,6 +117,7 @@ def environment() -> dict:
             facts[name] = None
     facts["commit"] = commit()
     facts["cpus"], facts["threads"] = os.cpu_count(), torch.get_num_threads()
+    facts["processes"] = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     facts["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     facts.update(engine())
     return facts
