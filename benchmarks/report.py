@@ -1,6 +1,6 @@
-"""Result files to Markdown: `python benchmarks/report.py benchmarks/results/MACHINE [--highlights]`.
+"""Result files to Markdown: `python benchmarks/report.py benchmarks/results/MACHINE [--highlights | --trainer]`.
 
-The README's table is the output with --highlights; a test holds the two together.
+The README's tables are the outputs with --highlights and with --trainer; a test holds them together.
 """
 
 import argparse
@@ -52,12 +52,31 @@ def report(folder: Path, highlights: bool = False) -> str:
     return "\n".join(lines)
 
 
+def trainer(folder: Path) -> str:
+    """The table of bench_transformers.py: one line for each contestant, the first of them ours."""
+    result = json.loads((folder / "transformers.json").read_text())
+    m, (row,) = result["machine"], result["rows"]
+    ours = next(iter(row["ms"].values()))
+    lines = [
+        f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, {m['date']}: {row['shape']}.",
+        "",
+        "| | a step | as long as patched | tokens/s | peak memory | loss, first step to last |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in row["runs"].items():
+        losses = f"{run['losses'][0]:.4f} to {run['losses'][-1]:.4f}"
+        speed = f"{run['ms']:,.0f} ms | {run['ms'] / ours:.2f}x | {run['tokens_per_s']:,.0f}"
+        lines.append(f"| {name} | {speed} | {run['memory_mb']:,.0f} MB | {losses} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--highlights", action="store_true")
+    parser.add_argument("--trainer", action="store_true")
     arguments = parser.parse_args()
-    print(report(arguments.folder, arguments.highlights))
+    print(trainer(arguments.folder) if arguments.trainer else report(arguments.folder, arguments.highlights))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,15 @@ def test_finetune_generate_merge(tiny, tmp_path, capsys, method):
     assert main(["generate", str(tmp_path / "merged"), "--prompt", "say cat", "--max-new-tokens", "3"]) == 0
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtypes_to_ask_for(tiny, tmp_path, capsys, dtype):
+    assert main(words(tiny, tmp_path, f"dtype={dtype}", "lr=1e-3")) == 0
+    generate = ["generate", str(tiny / "base"), "--adapter", str(tmp_path / "adapter"), "--dtype", dtype]
+    assert main([*generate, "--prompt", "say cat", "--max-new-tokens", "3"]) == 0
+    assert main(words(tiny, tmp_path, "dtype=int8")) == 1
+    assert "finetune: dtype must be one of ['float32', 'bfloat16', 'float16'], got 'int8'" in capsys.readouterr().err
+
+
 def test_run_json_says_how_the_adapter_came_to_be(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["llamakern", "finetune", "a file.yaml"])
     assert main(words(tiny, tmp_path, "--tokenizer", str(tiny / "base"))) == 0
@@ -74,7 +83,7 @@ def test_run_json_says_how_the_adapter_came_to_be(tiny, tmp_path, monkeypatch):
         "tokenizer": sha256(tiny / "base"),
         "adapter": sha256(tmp_path / "adapter" / "adapter_model.safetensors"),
     }
-    assert {"llamakern", "torch", "python", "isa", "threads", "commit"} <= set(run["environment"])
+    assert {"llamakern", "torch", "python", "isa", "threads", "processes", "commit"} <= set(run["environment"])
     assert main(words(tiny, tmp_path, "--tokenizer", str(tiny / "base"))) == 0
     assert json.loads((tmp_path / "run.json").read_text())["started"] == run["started"]
 

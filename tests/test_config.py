@@ -92,6 +92,12 @@ def test_defaults():
         ({"num_hidden_layers": 0}, "config: n_layers must be a positive integer, got 0"),
         ({"num_key_value_heads": 7}, "config: n_heads must be divisible by n_kv_heads, got 32 and 7"),
         ({"head_dim": 65}, "config: head_dim must be even, got 65"),
+        ({"vocab_size": 2**31}, r"config: vocab_size must be below 2\^31, got 2147483648"),
+        ({"rope_scaling": ["x"]}, r"config: rope_parameters and rope_scaling must be objects, got \['x'\]"),
+        ({"tie_word_embeddings": "no"}, "config: tie_embeddings must be true or false, got 'no'"),
+        ({"bos_token_id": "1"}, "config: bos_id must be a token id, several or none, got '1'"),
+        ({"eos_token_id": [1, None]}, r"config: eos_id must be a token id, several or none, got \(1, None\)"),
+        ({"rope_theta": float("inf")}, "config: rope_theta must be a positive number, got inf"),
         ({"rms_norm_eps": "tiny"}, "config: norm_eps must be a positive number, got 'tiny'"),
     ],
 )

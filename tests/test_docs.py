@@ -66,6 +66,8 @@ def place(tiny, tmp_path, monkeypatch):
     renamed = [{"question": r["instruction"], "answer": r["output"]} for r in records]
     (tmp_path / "faq.jsonl").write_text("\n".join(map(json.dumps, renamed)))
     shutil.copytree(fixtures / "hf-nf4", tmp_path / "path/to/llama-4bit")
+    shutil.copytree(fixtures / "meta", tmp_path / "path/to/llama-meta")
+    shutil.copyfile(fixtures / "llama.gguf", tmp_path / "path/to/llama.gguf")
     shutil.copyfile(fixtures / "llama2c.bin", tmp_path / "path/to/stories.bin")
     shutil.copyfile(fixtures / "tokenizer.json", tmp_path / "path/to/tokenizer.json")
     monkeypatch.chdir(tmp_path)
@@ -80,7 +82,7 @@ def test_page_runs(name, place, capsys):
         left_out |= set(missing)
         if not missing:
             exec(compile(code, name, "exec"), namespace)
-    for code, missing in blocks(name, "shell"):
+    for code, missing in blocks(name, "sh"):
         for words in commands(code) if not missing else ():
             if words[0] == "llamakern" and words[1] not in ("demo", "info"):
                 capsys.readouterr()
@@ -93,7 +95,7 @@ def test_page_runs(name, place, capsys):
 def test_commands_are_known(name):
     """Every `llamakern` line parses, torchrun's too, and every `make` verb stands in the Makefile."""
     verbs = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for code, _ in blocks(name, "shell"):
+    for code, _ in blocks(name, "sh"):
         for words in commands(code):
             if words[0] == "make":
                 assert words[1] in verbs, words
@@ -115,7 +117,7 @@ def test_links_lead_somewhere(name):
 @EVERY_PAGE
 def test_blocks_say_what_they_are(name):
     fences = re.findall(r"^```(\w*)$", PAGES[name].read_text(), re.MULTILINE)[::2]
-    assert set(fences) <= {"python", "shell", "text", "yaml", "json"}, fences
+    assert set(fences) <= {"python", "sh", "text", "yaml", "json"}, fences
 
 
 def test_yaml_blocks_are_settings(tmp_path):

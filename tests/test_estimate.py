@@ -34,10 +34,10 @@ print(json.dumps({"estimate": cost.total_at(trained) / 2**20, "peak": peak_memor
 """
 
 CASES = {  # dim, layers, tokens, batch that is estimated, batch that is trained
-    "small-lora": ["256", "6", "256", "4", "4", "lora"],
-    "small-qlora-checkpointing": ["256", "6", "256", "8", "8", "qlora", "checkpointing"],
-    "larger-qlora": ["512", "4", "384", "1", "1", "qlora"],
-    "larger-lora-another-batch": ["512", "4", "384", "1", "2", "lora"],
+    "small-lora": ["256", "5", "256", "4", "4", "lora"],
+    "small-qlora-checkpointing": ["256", "5", "256", "4", "4", "qlora", "checkpointing"],
+    "larger-qlora": ["512", "4", "256", "1", "1", "qlora"],
+    "larger-lora-another-batch": ["512", "4", "256", "1", "2", "lora"],
 }
 
 
@@ -47,7 +47,10 @@ def test_memory_estimate_is_within_15_percent(case):
     done = subprocess.run([sys.executable, "-c", RUN, *case], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cost = json.loads(done.stdout)
-    assert abs(cost["estimate"] / cost["peak"] - 1) < 0.15, cost
+    error = abs(cost["estimate"] - cost["peak"])
+    held = sum(cost["parts"][name] for name in ("program", "frozen weights", "trained weights")) / 2**20
+    assert error < 0.15 * cost["peak"], cost
+    assert error < 0.35 * (cost["peak"] - held), cost  # what training adds: small here beside the program itself
 
 
 @pytest.fixture(params=[True, False], ids=["packed", "padded"])

@@ -1,5 +1,7 @@
 """The README's tables and its tree say what is there. Its code is run by test_docs.py."""
 
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks/results/epyc-zen5-2cores"
 SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
 
@@ -32,13 +35,29 @@ def exists(word: str, files: dict) -> bool:
     return word in files or word in tests or "<" in word or (ROOT / word).exists()
 
 
-def test_results_are_those_of_the_files(monkeypatch):
+@pytest.fixture
+def report(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from report import report
+    return importlib.import_module("report")
 
-    folder = ROOT / "benchmarks/results/epyc-zen5-2cores"
-    assert report(folder, highlights=True) in README
-    assert report(folder) == (folder / "README.md").read_text().strip()
+
+def test_results_are_those_of_the_files(report):
+    assert report.report(RESULTS, highlights=True) in README
+    assert report.report(RESULTS) == (RESULTS / "README.md").read_text().strip()
+    if (RESULTS / "transformers.json").is_file():
+        assert report.trainer(RESULTS) in README
+
+
+def test_the_trainers_table_has_a_line_for_each_contestant(report, tmp_path):
+    machine = {"cpu": "A", "threads": 2, "isa": "avx2", "torch": "2", "date": "today"}
+    run = {"tokens_per_s": 1500.4, "memory_mb": 812.6, "losses": [10.12345, 9.0, 8.00001]}
+    runs = {"patched": {"ms": 500.0, **run}, "unpatched": {"ms": 1250.0, **run}}
+    row = {"shape": "QLoRA C=8", "ms": {name: run["ms"] for name, run in runs.items()}, "runs": runs}
+    (tmp_path / "transformers.json").write_text(json.dumps({"machine": machine, "rows": [row]}))
+    first, *_, patched, unpatched = report.trainer(tmp_path).splitlines()
+    assert first == "A, 2 threads, avx2, torch 2, today: QLoRA C=8."
+    assert patched == "| patched | 500 ms | 1.00x | 1,500 | 813 MB | 10.1235 to 8.0000 |"
+    assert unpatched.startswith("| unpatched | 1,250 ms | 2.50x |")
 
 
 @pytest.mark.parametrize("name", re.findall(r"^\| `(\w+)`", README, re.MULTILINE))
