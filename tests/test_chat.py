@@ -106,6 +106,14 @@ def test_equals_the_published_template(rendered):
     check()
 
 
+def test_later_system_turns(rendered):
+    name, template, render = rendered
+    if name == "llama2":
+        pytest.skip("its roles alternate")
+    messages = [Message("user", " q "), Message("system", " s "), Message("assistant", " a "), Message("system", "\nt")]
+    assert spelled(template.dialogue(messages, open_end=True), "<|begin_of_text|>", "?") == render(messages, True)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_task_is_its_dialogue_and_begins_with_its_question(name):
     template = TEMPLATES[name]
