@@ -4,7 +4,7 @@ VENV   := .venv/bin
 READY  := .venv/.ready
 ROOMS  := $(notdir $(patsubst %/,%,$(filter-out csrc/common/,$(wildcard csrc/*/))))
 
-.PHONY: env build demo test lint format bench sanitize profile clean
+.PHONY: env build demo test compat lint format bench sanitize profile clean
 .DEFAULT_GOAL := test
 
 env: $(READY) build
@@ -27,6 +27,16 @@ demo: env
 # Passive waiting: on a busy machine a thread that spins at a barrier keeps the one it waits for from running.
 test: env
 	OMP_WAIT_POLICY=passive $(VENV)/pytest
+
+# The tests of patch against each transformers named, laid over .venv: make compat COMPAT=5.6.2 for one.
+COMPAT ?= 4.57.6 5.0.0 5.6.2 5.17.0
+compat: env
+	for v in $(COMPAT); do \
+	  test -d build/compat/$$v || { $(VENV)/python -m pip install -q --target build/compat/new "transformers==$$v" \
+	    && mv build/compat/new build/compat/$$v; } || exit 1; \
+	  echo "transformers $$v"; \
+	  PYTHONPATH=build/compat/$$v $(VENV)/python -m pytest -p no:cacheprovider $(wildcard tests/test_patch*.py) || exit 1; \
+	done
 
 lint: $(READY)
 	$(VENV)/ruff check .

@@ -19,31 +19,35 @@ struct Call {
   float scale;
 };
 
+// What a door calls itself and its arguments, and which dimensions of its tensors are tokens and heads.
+struct Door {
+  const char *op, *q, *k, *v, *mask;
+  int token = 1, head = 2;
+  bool top_left = false;  // causal as torch's
+};
+constexpr Door kAttention{"attention", "q", "k", "v", "mask"};
+constexpr Door kTorchs{"scaled_dot_product_attention", "query", "key", "value", "attn_mask", 2, 1, true};
+constexpr Door kBackward{"attention_backward", "q", "k", "v", "mask"};
+constexpr Door kTorchsBackward{"attention_backward", "query", "key", "value", "attn_mask", 2, 1, true};
+constexpr Door kDecode{"attention_decode", "q", "k_cache", "v_cache", "mask"};
+
 template <typename T>
-Heads<T> heads(const Tensor& x) {
-  return {ptr<std::remove_const_t<T>>(x), x.stride(0), x.stride(1), x.stride(2)};
+Heads<T> heads(const Tensor& x, const Door& door = kAttention) {
+  return {ptr<std::remove_const_t<T>>(x), x.stride(0), x.stride(door.token), x.stride(door.head)};
 }
 
-// What a door calls itself and its arguments.
-struct Names {
-  const char *op, *q, *k, *v, *mask;
-};
-constexpr Names kAttention{"attention", "q", "k", "v", "mask"};
-constexpr Names kTorchs{"scaled_dot_product_attention", "query", "key", "value", "attn_mask"};
-constexpr Names kBackward{"attention_backward", "q", "k", "v", "mask"};
-constexpr Names kDecode{"attention_decode", "q", "k_cache", "v_cache", "mask"};
-
-void check_heads(const Names& names, const Tensor& q, const Tensor& k, const Tensor& v) {
-  const auto [op, q_name, k_name, v_name, mask_name] = names;
-  check(q.dim() == 4, op, ": ", q_name, " must have shape (B, T, H, D), got ", shape_text(q.sizes()));
+void check_heads(const Door& door, const Tensor& q, const Tensor& k, const Tensor& v) {
+  const auto [op, q_name, k_name, v_name, mask_name, token, head, top_left] = door;
+  check(q.dim() == 4, op, ": ", q_name, " must have shape ", head == 2 ? "(B, T, H, D)" : "(B, H, T, D)", ", got ",
+        shape_text(q.sizes()));
   check(k.dim() == 4, op, ": ", k_name, " must have 4 dimensions, got ", shape_text(k.sizes()));
-  const int64_t H = q.size(2), D = q.size(3), Hkv = k.size(2);
+  const int64_t H = q.size(head), D = q.size(3), Hkv = k.size(head);
   check(D >= 1 && D <= kMaxHeadDim, op, ": ", q_name, " must have a head_dim of 1 to ", kMaxHeadDim, ", got ", D);
   check(Hkv >= 1 && H % Hkv == 0, op, ": ", q_name, " must have a multiple of ", k_name, "'s ", Hkv, " heads, got ", H);
-  check_shape(op, k_name, k, {k.size(0), k.size(1), Hkv, D});
-  check_shape(op, v_name, v, {k.size(0), k.size(1), Hkv, D});
-  check(q.size(1) * H < INT32_MAX && k.size(1) < INT32_MAX, op, ": ", q_name, " and ", k_name,
-        " must have fewer than 2^31 rows, got ", q.size(1) * H, " and ", k.size(1));
+  check_shape(op, k_name, k, {k.size(0), k.size(1), k.size(2), D});
+  check_shape(op, v_name, v, {k.size(0), k.size(1), k.size(2), D});
+  check(q.size(token) * H < INT32_MAX && k.size(token) < INT32_MAX, op, ": ", q_name, " and ", k_name,
+        " must have fewer than 2^31 rows, got ", q.size(token) * H, " and ", k.size(token));
   for (const auto& [name, t] : {std::pair{k_name, &k}, {v_name, &v}}) {
     check_same_dtype(op, name, *t, q_name, q);
     check_same_device(op, name, *t, q_name, q);
@@ -57,11 +61,12 @@ Sight make_sight(const char* op, bool causal, bool top_left, MaybeInt window, Ma
   return {causal, top_left, min64(window.value_or(0), kAll), min64(chunk.value_or(0), kAll)};
 }
 
-Mask make_mask(const Names& names, const MaybeTensor& mask, const Tensor& q, const Tensor& k) {
-  const char *op = names.op, *name = names.mask;
+Mask make_mask(const Door& door, const MaybeTensor& mask, const Tensor& q, const Tensor& k) {
+  const char *op = door.op, *name = door.mask;
   if (!mask) return {.kind = Mask::kNone, .data = nullptr, .batch = 0, .head = 0, .token = 0, .key = 0};
-  check_same_device(op, name, *mask, names.q, q);
-  const int64_t want[4] = {q.size(0), q.size(2), q.size(1), k.size(1)}, missing = 4 - mask->dim();
+  check_same_device(op, name, *mask, door.q, q);
+  const int64_t want[4] = {q.size(0), q.size(door.head), q.size(door.token), k.size(door.token)},
+                missing = 4 - mask->dim();
   bool fits = missing >= 0;
   int64_t stride[4] = {};
   for (int64_t i = missing; fits && i < 4; ++i) {
@@ -105,12 +110,12 @@ Tensor check_starts(const char* op, const char* name, const Tensor& starts, cons
   return flat;
 }
 
-Call make_call(const Names& names, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask,
+Call make_call(const Door& door, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask,
                bool causal, MaybeFloat scale, MaybeInt window, MaybeInt chunk, const MaybeTensor& cu_seqlens_q,
-               const MaybeTensor& cu_seqlens_k, bool top_left) {
-  const char* op = names.op;
-  check_heads(names, q, k, v);
-  check_shape(op, names.k, k, {q.size(0), k.size(1), k.size(2), q.size(3)});
+               const MaybeTensor& cu_seqlens_k) {
+  const char* op = door.op;
+  check_heads(door, q, k, v);
+  check_shape(op, door.k, k, {q.size(0), k.size(1), k.size(2), q.size(3)});
   Call call{.q = inner_contiguous(q),
             .k = inner_contiguous(k),
             .v = inner_contiguous(v),
@@ -119,57 +124,57 @@ Call make_call(const Names& names, const Tensor& q, const Tensor& k, const Tenso
             .starts_k = std::nullopt,
             .lengths = std::nullopt,
             .block_table = std::nullopt,
-            .sight = make_sight(op, causal, top_left, window, chunk),
+            .sight = make_sight(op, causal, door.top_left, window, chunk),
             .scale = scale ? float(*scale) : default_scale(q.size(3))};
   check(cu_seqlens_q || !cu_seqlens_k, op, ": cu_seqlens_q must be given with cu_seqlens_k, got None");
   if (cu_seqlens_q) {
     check(q.size(0) == 1, op, ": q must have B = 1 where cu_seqlens_q is given, got ", q.size(0));
-    call.starts_q = check_starts(op, "cu_seqlens_q", *cu_seqlens_q, q, q.size(1));
-    call.starts_k = check_starts(op, "cu_seqlens_k", cu_seqlens_k ? *cu_seqlens_k : *cu_seqlens_q, q, k.size(1));
+    call.starts_q = check_starts(op, "cu_seqlens_q", *cu_seqlens_q, q, q.size(door.token));
+    call.starts_k =
+        check_starts(op, "cu_seqlens_k", cu_seqlens_k ? *cu_seqlens_k : *cu_seqlens_q, q, k.size(door.token));
     check_shape(op, "cu_seqlens_k", *call.starts_k, {call.starts_q->size(0)});
   }
   return call;
 }
 
 template <typename T>
-Attended<T> attended(const Names& names, const Call& c) {
+Attended<T> attended(const Door& door, const Call& c) {
   const int64_t B = c.q.size(0), width = c.block_table ? c.block_table->size(1) : 0;
-  return {.q = heads<const T>(c.q),
-          .k = heads<const T>(c.k),
-          .v = heads<const T>(c.v),
+  return {.q = heads<const T>(c.q, door),
+          .k = heads<const T>(c.k, door),
+          .v = heads<const T>(c.v, door),
           .starts_q = cptr<int32_t>(c.starts_q),
           .starts_k = cptr<int32_t>(c.starts_k),
           .lengths = cptr<int32_t>(c.lengths),
           .block_table = cptr<int32_t>(c.block_table),
           .table_width = width,
           .block = c.k.size(1),
-          .mask = make_mask(names, c.mask, c.q, c.k),
+          .mask = make_mask(door, c.mask, c.q, c.k),
           .sight = c.sight,
           .scale = c.scale,
           .sequences = c.starts_q ? c.starts_q->size(0) - 1 : B,
-          .T_ = c.q.size(1),
-          .S = c.k.size(1),
-          .H = c.q.size(2),
-          .Hkv = c.k.size(2),
+          .T_ = c.q.size(door.token),
+          .S = c.k.size(door.token),
+          .H = c.q.size(door.head),
+          .Hkv = c.k.size(door.head),
           .D = c.q.size(3)};
 }
 
-std::tuple<Tensor, Tensor> forward(const Names& names, const Call& call) {
-  const int64_t B = call.q.size(0), T_ = call.q.size(1), H = call.q.size(2), D = call.q.size(3);
-  const Tensor y = empty({B, T_, H, D}, call.q.scalar_type(), call.q);
-  const Tensor lse = empty({B, H, T_}, ScalarType::Float, call.q);
-  dispatch_float(names.op, names.q, call.q, [&]<typename T>() {
-    run(AttentionForward<T>{.y = heads<T>(y), .lse = ptr<float>(lse), .in = attended<T>(names, call)});
+std::tuple<Tensor, Tensor> forward(const Door& door, const Call& call) {
+  const Tensor& q = call.q;
+  const Tensor y = empty(q.sizes(), q.scalar_type(), q);
+  const Tensor lse = empty({q.size(0), q.size(door.head), q.size(door.token)}, ScalarType::Float, q);
+  dispatch_float(door.op, door.q, call.q, [&]<typename T>() {
+    run(AttentionForward<T>{.y = heads<T>(y, door), .lse = ptr<float>(lse), .in = attended<T>(door, call)});
   });
   return {y, lse};
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, MaybeTensor mask, bool causal,
                                      MaybeFloat scale, MaybeInt window, MaybeInt chunk, MaybeTensor cu_seqlens_q,
-                                     MaybeTensor cu_seqlens_k, bool top_left) {
-  const Names& names = top_left ? kTorchs : kAttention;
-  return forward(names,
-                 make_call(names, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, top_left));
+                                     MaybeTensor cu_seqlens_k, bool heads_first) {
+  const Door& door = heads_first ? kTorchs : kAttention;
+  return forward(door, make_call(door, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k));
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTensor dlse, const Tensor& q,
@@ -177,15 +182,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTen
                                                       const Tensor& lse, MaybeTensor mask, bool causal,
                                                       MaybeFloat scale, MaybeInt window, MaybeInt chunk,
                                                       MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k,
-                                                      bool top_left) {
-  const char* op = kBackward.op;
-  const Call call =
-      make_call(kBackward, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, top_left);
-  const int64_t B = q.size(0), T_ = q.size(1), S = k.size(1), H = q.size(2), Hkv = k.size(2), D = q.size(3);
+                                                      bool heads_first) {
+  const Door& door = heads_first ? kTorchsBackward : kBackward;
+  const char* op = door.op;
+  const Call call = make_call(door, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k);
+  const int64_t B = q.size(0), T_ = q.size(door.token), H = q.size(door.head);
   for (const auto& [name, t] : {std::pair{"dy", &dy}, {"y", &y}}) {
-    check_shape(op, name, *t, {B, T_, H, D});
-    check_same_dtype(op, name, *t, "q", q);
-    check_same_device(op, name, *t, "q", q);
+    check_sizes(op, name, *t, q.sizes());
+    check_same_dtype(op, name, *t, door.q, q);
+    check_same_device(op, name, *t, door.q, q);
   }
   check_shape(op, "lse", lse, {B, H, T_});
   check_dtype(op, "lse", lse, ScalarType::Float);
@@ -195,17 +200,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTen
   }
   const Tensor dy_ = inner_contiguous(dy), y_ = inner_contiguous(y), lse_ = as_contiguous(lse);
   const MaybeTensor dlse_ = dlse ? MaybeTensor(as_contiguous(*dlse)) : std::nullopt;
-  const Tensor dq = empty({B, T_, H, D}, q.scalar_type(), q);
-  const Tensor dk = empty({B, S, Hkv, D}, q.scalar_type(), q), dv = empty({B, S, Hkv, D}, q.scalar_type(), q);
-  dispatch_float(op, "q", q, [&]<typename T>() {
-    run(AttentionBackward<T>{.dq = heads<T>(dq),
-                             .dk = heads<T>(dk),
-                             .dv = heads<T>(dv),
-                             .y = heads<const T>(y_),
-                             .dy = heads<const T>(dy_),
+  const Tensor dq = empty(q.sizes(), q.scalar_type(), q);
+  const Tensor dk = empty(k.sizes(), q.scalar_type(), q), dv = empty(k.sizes(), q.scalar_type(), q);
+  dispatch_float(op, door.q, q, [&]<typename T>() {
+    run(AttentionBackward<T>{.dq = heads<T>(dq, door),
+                             .dk = heads<T>(dk, door),
+                             .dv = heads<T>(dv, door),
+                             .y = heads<const T>(y_, door),
+                             .dy = heads<const T>(dy_, door),
                              .lse = cptr<float>(lse_),
                              .dlse = cptr<float>(dlse_),
-                             .in = attended<T>(kBackward, call)});
+                             .in = attended<T>(door, call)});
   });
   return {dq, dk, dv};
 }
@@ -300,7 +305,7 @@ void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
 
 #define LK_SIGHT                                                                                                   \
   "Tensor? mask, bool causal, float? scale, int? window, int? chunk, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, " \
-  "bool top_left)"
+  "bool heads_first)"
 
 }  // namespace
 

@@ -56,7 +56,7 @@ def from_pretrained(path, *, quantize=None, quantize_head=False, double_quant=Fa
         place(model, name, source.read(stored), double_quant if packs else None, dtype or source.dtype)
     model.tie_weights()
     if quantize_head and type(model.lm_head) is nn.Linear:
-        model.lm_head = pack(model.lm_head.weight, double_quant)
+        model.lm_head = NF4Linear.from_weight(model.lm_head.weight, double_quant=double_quant)
         model.config = model.config.replace(tie_embeddings=False)
     return model
 
@@ -108,11 +108,6 @@ def same(a: Tensor | NF4Linear, b: Tensor | NF4Linear) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
 
 
-def pack(weight: Tensor, double_quant: bool) -> NF4Linear:
-    weight = weight.float() if weight.dtype == torch.float16 else weight
-    return NF4Linear.from_weight(weight, double_quant=double_quant)
-
-
 def place(model: Llama, name: str, tensor: Tensor | NF4Linear, double_quant: bool | None, dtype: torch.dtype | None):
     """Puts one tensor where the meta-device model wants it, packed first unless double_quant is None."""
     path = name.rpartition(".")[0]
@@ -120,7 +115,7 @@ def place(model: Llama, name: str, tensor: Tensor | NF4Linear, double_quant: boo
     if isinstance(tensor, NF4Linear) and double_quant and not tensor.double_quant:
         raise ValueError(f"checkpoint: double_quant must be False where weights are packed already, got {name}")
     if double_quant is not None and isinstance(tensor, Tensor) and isinstance(module, nn.Linear):
-        tensor = pack(tensor, double_quant)
+        tensor = NF4Linear.from_weight(tensor, double_quant=double_quant)
     if isinstance(tensor, NF4Linear):
         if not isinstance(module, nn.Linear):
             raise ValueError(f"checkpoint: {name} must be dense, got a packed NF4 weight")

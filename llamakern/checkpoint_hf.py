@@ -58,9 +58,9 @@ class HuggingFaceFolder:
         weight_map = read_json(self.path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ValueError(f"checkpoint: weight_map of {self.path / INDEX} must name files, got {weight_map!r:.80}")
-        files = sorted(set(weight_map.values()))
+        files, there = sorted(set(weight_map.values())), {file.name for file in self.path.iterdir() if file.is_file()}
         for file in files:
-            if Path(file).name != file or not (self.path / file).is_file():
+            if file not in there:
                 raise FileNotFoundError(f"checkpoint: {self.path} must hold every shard of its index, got no {file}")
         return [self.path / file for file in files]
 
@@ -79,6 +79,8 @@ class HuggingFaceFolder:
 
 def check_quantization(path: Path, how: dict) -> None:
     """ValueError where quantization_config of config.json is not bitsandbytes' NF4."""
+    if not isinstance(how, dict):
+        raise ValueError(f"checkpoint: quantization_config of {path} must be an object, got {how!r}")
     method = how.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         raise ValueError(f"checkpoint: quant_method of {path} must be 'bitsandbytes', got {method!r}")

@@ -12,6 +12,8 @@ pairs; they are reordered to "half" here, which is exact.
 import math
 import pickle
 import re
+import struct
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,6 +141,7 @@ def read_table(file: Path) -> dict[str, Piece]:
             )
     try:
         table = torch.load(file, map_location="meta", weights_only=True)
+        stored = records(file)
     except pickle.UnpicklingError as e:
         reason = re.search(r"(GLOBAL|global:?|class|operand) [\w.]+", str(e))
         got = reason[0] if reason else "another pickle"
@@ -148,11 +151,22 @@ def read_table(file: Path) -> dict[str, Piece]:
         raise ValueError(f"checkpoint: {file} must be a whole .pth file, got {reason}") from None
     if not isinstance(table, dict):
         raise ValueError(f"checkpoint: {file} must hold a dictionary of tensors, got {type(table).__name__}")
-    size = file.stat().st_size
-    return {key: locate(file, size, key, t) for key, t in table.items() if not FREQUENCIES.fullmatch(str(key))}
+    return {key: locate(file, stored, key, t) for key, t in table.items() if not FREQUENCIES.fullmatch(str(key))}
 
 
-def locate(file: Path, file_size: int, key: object, tensor: object) -> Piece:
+def records(file: Path) -> dict[int, int]:
+    """Where the uncompressed records of a zip begin, and their sizes."""
+    found = {}
+    with zipfile.ZipFile(file) as archive, open(file, "rb") as stream:
+        for record in archive.infolist():
+            stream.seek(record.header_offset + 26)  # of a header of 30 bytes: the lengths of two fields behind it
+            lengths = struct.unpack("<HH", stream.read(4))
+            if record.compress_type == zipfile.ZIP_STORED:
+                found[record.header_offset + 30 + sum(lengths)] = record.file_size
+    return found
+
+
+def locate(file: Path, stored: dict[int, int], key: object, tensor: object) -> Piece:
     """Where one entry of the table stands, checked."""
     if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
         raise ValueError(f"checkpoint: {file} must hold dense tensors by name, got {key!r}: {type(tensor).__name__}")
@@ -163,10 +177,10 @@ def locate(file: Path, file_size: int, key: object, tensor: object) -> Piece:
             f"checkpoint: {key} of {file} must be a contiguous vector or matrix, got shape {list(tensor.shape)} "
             f"with strides {list(tensor.stride())}"
         )
-    offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
-    if offset + tensor.nbytes > file_size:
-        raise ValueError(f"checkpoint: {file} must be whole, got {file_size} bytes, too few for {key}")
-    return Piece(file, offset, tuple(tensor.shape), tensor.dtype)
+    record, within = tensor.untyped_storage()._checkpoint_offset, tensor.storage_offset() * tensor.itemsize
+    if within + tensor.nbytes > stored.get(record, 0):  # torch computes where; a file zipped again differs
+        raise ValueError(f"checkpoint: {key} of {file} must stand where torch.save puts it, got no such record")
+    return Piece(file, record + within, tuple(tensor.shape), tensor.dtype)
 
 
 def parameter(key: str) -> tuple[str, int | None]:

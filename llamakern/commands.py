@@ -152,7 +152,7 @@ def check_out(arguments) -> None:
 
 def copy_tokenizer(base: str, out: str) -> None:
     """A folder that is written from another keeps its tokenizer."""
-    folder = job.source_path(base)
+    folder = job.base_folder(base)
     for pattern in (*PATTERNS, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        for file in folder.glob(pattern) if folder.is_dir() else ():
+        for file in folder.glob(pattern):
             shutil.copyfile(file, Path(out) / file.name)

@@ -102,24 +102,24 @@ def wrap(model: nn.Module, kind: str, world: World) -> nn.Module:
     if world.size == 1:
         return Loss(model)
     if kind == "fsdp2":
-        return Loss(shard(model, device_type=world.device.type))
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return Loss(shard(model, mesh=init_device_mesh(world.device.type, (world.size,))))
     wrapped = Loss(model)
     frozen = [name for name, p in wrapped.named_parameters() if not p.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, frozen)
     return DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
 
 
-def shard(model: nn.Module, *, device_type: str = "cpu", **knobs) -> nn.Module:
+def shard(model: nn.Module, **knobs) -> nn.Module:
     """The model itself, sharded by FSDP2 (`fully_shard`) over all processes: a group per block, the rest in one.
 
     knobs go to fully_shard. Frozen scalars (the offsets of double quantisation) stay whole, since FSDP2 takes none; for
     a trainable one torch raises ValueError. An mp_policy needs cast_forward_inputs=False, because angles stay float32,
     and `NF4Linear.store_(param_dtype)`, because packed weights must not be cast.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    knobs.setdefault("mesh", init_device_mesh(device_type, (dist.get_world_size(),)))
     knobs.setdefault("ignored_params", {p for p in model.parameters() if p.dim() == 0 and not p.requires_grad})
     for layer in model.layers:
         fully_shard(layer, **knobs)

@@ -190,14 +190,21 @@ def source_path(name: str) -> Path:
     return Path(name) if Path(name).exists() else cached_snapshot(name)
 
 
+def base_folder(base: str) -> Path:
+    """Where the files beside a model stand: its folder, or that of a model in one file."""
+    path = source_path(base)
+    return path.parent if path.is_file() else path
+
+
 def find_tokenizer(name: str | None, base: str) -> Tokenizer:
     """The tokenizer of that file or folder; by default the base's, which may have none."""
     if name:
         return load_tokenizer(source_path(name))
     try:
-        return load_tokenizer(source_path(base))
+        return load_tokenizer(base_folder(base))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; name its file or folder with --tokenizer") from None
+        inside = " (that inside a .gguf is not read)" if str(base).endswith(".gguf") else ""
+        raise FileNotFoundError(f"{error}; name its file or folder with --tokenizer{inside}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from llamakern.distributed import whole
+
 STEPS = 5  # LoRA's A has no gradient in the first step, because B is zero there
 SHOWN = 12  # names in one message
 
@@ -37,9 +39,10 @@ class Gate:
             return
         self.seen += 1
         gradients = {name: p.grad for name, p in self.trainable.items() if p.grad is not None}
-        if bad := [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]:
+        if bad := [name for name, grad in gradients.items() if not whole(torch.isfinite(grad).all())]:
             self.finish({"a gradient that is not finite": bad})
-        self.received |= {name for name, grad in gradients.items() if grad.any()}  # weight decay alone moves them too
+        # moving is not enough: weight decay alone moves a tensor
+        self.received |= {name for name, grad in gradients.items() if whole(grad.any())}
         if self.seen == STEPS:
             self.judge()
 

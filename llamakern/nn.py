@@ -192,7 +192,7 @@ class LoRALinear(nn.Module):
     dora=True (arXiv 2402.09353, eq. 5) trains the length of each row: c = m / n, else c = 1. n (N,) are the norms of
     the rows of W + s·B A, a constant in the backward (section 4.3 there); magnitude m (N,) starts as those of W.
     With dropout, x̃ = drop(x), DoRA is PEFT's   y = x Wᵀ + (c - 1) ⊙ x̃ Wᵀ + c ⊙ s·x̃ Aᵀ Bᵀ + bias.
-    n costs one more pass over W in each call, so merge DoRA before generating much.
+    n costs one more pass over W in each call, but for calls without gradient on a CPU while A, B and W stay the same.
 
     In training each call draws its dropout seed from torch's generator; `torch.utils.checkpoint` restores that
     generator when it computes a block again, so the mask is the same. Beside parameters the backward keeps
@@ -207,6 +207,7 @@ class LoRALinear(nn.Module):
         self.base, self.scale, self.dropout = base, scale, dropout
         self.in_features, self.out_features = base.in_features, base.out_features
         self._squares = None  # (the weight, its rows' squared norms)
+        self._norms = None  # (those, A, B, the row norms of W + s·B A)
         like = {"dtype": torch.float32, "device": base.weight.device}
         bound = base.in_features**-0.5
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, **like).uniform_(-bound, bound))
@@ -219,7 +220,7 @@ class LoRALinear(nn.Module):
         if self.magnitude is None:
             seed = torch.randint(2**62, (1,), device=x.device) if dropout else None
             return self._adapted(x, self.merged_bias(), dropout=dropout, seed=seed)
-        c = self.magnitude / self.row_norms()
+        c = self.magnitude / self._kept_norms()
         if not dropout:
             return self._adapted(x, self.base.bias, out_scale=c)
         dropped = F.dropout(x, dropout)
@@ -269,6 +270,18 @@ class LoRALinear(nn.Module):
         if isinstance(base, NF4Linear):
             return ops.nf4_linear(x, **base.packed)
         return F.linear(x, base.weight)
+
+    def _kept_norms(self) -> Tensor:
+        """row_norms, or those of the last call where nothing has changed since.
+
+        Values are compared, since version counters miss what is written past autograd. A GPU would have to wait.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.lora_a.device.type != "cpu":
+            return self.row_norms()
+        now, kept = (self._base_squares(), self.lora_a, self.lora_b), self._norms
+        if kept is None or kept[0] is not now[0] or not all(map(torch.equal, kept[1:3], now[1:])):
+            self._norms = kept = now[0], self.lora_a.clone(), self.lora_b.clone(), self.row_norms()
+        return kept[3]
 
     def _base_squares(self) -> Tensor:
         """Squared norms (N,) of the frozen weight's rows, kept until the weight is moved, cast, loaded or replaced."""

@@ -62,11 +62,13 @@ class RunFolder:
 def read_lines(file: Path) -> list[dict]:
     """The lines of a metrics.jsonl; one that a kill cut short is left out."""
     values = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
         try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(value, dict) and type(value.get("step")) is int:
+            values.append(value)
     return values
 
 
@@ -117,7 +119,7 @@ def environment() -> dict:
             facts[name] = None
     facts["commit"] = commit()
     facts["cpus"], facts["threads"] = os.cpu_count(), torch.get_num_threads()
-    facts["processes"] = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    facts["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
     facts["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     facts.update(engine())
     return facts

@@ -51,7 +51,10 @@ class JsonTokenizer(Tokenizer):
         return self.greatest + 1
 
     def _encode(self, text):
-        return self.model.encode(text, add_special_tokens=False).ids
+        try:
+            return self.model.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # a word without a token, and no token for the unknown
+            raise ValueError(f"tokenizer: tokenizer.json must have tokens for the text, got {e}") from None
 
     def _decode(self, ids):
         special = set(self.marks.values())

@@ -74,7 +74,14 @@ class TrainConfig:
 
 
 PACK_TO = 64  # a packed row's length is a multiple of this, so that few shapes occur
+PROGRESS = {"step": int, "tokens": int, "seconds": float, "loss_before": float | None}
+# What comes up where something in a checkpoint is not of the kind or size that it was saved with.
+DAMAGE = (LookupError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError)
 FREE_TO_CHANGE = ("eval_every", "save_every", "keep_last")  # the others decide where a run goes
+
+
+class OtherRun(ValueError):
+    """A checkpoint that this run cannot continue."""
 
 
 class Trainer:
@@ -255,19 +262,30 @@ class Trainer:
 
     def resume(self, progress: dict) -> bool:
         """Take up the newest checkpoint of the folder, if there is one."""
-        state = self.folder and self.world.from_main(self.folder.load_checkpoint)
-        if not state:
+        state = None if self.folder is None else self.world.from_main(self.folder.load_checkpoint)
+        if state is None:
             return False
-        self.check_same_run(state)
+        try:
+            self.check_same_run(state)
+            self.take_up(state, progress)
+        except OtherRun:
+            raise
+        except DAMAGE as error:
+            raise ValueError(f"train: checkpoint of {self.folder.path} must be whole, got {error!r}") from error
+        if self.world.is_main:
+            self.folder.rewind(progress["step"])
+        return True
+
+    def take_up(self, state: dict, progress: dict) -> None:
         with torch.no_grad():
             for name, p in self.trainable.items():
                 p.copy_(distributed.part(state["parameters"][name], p))
         distributed.load_optimizer_state(self.optimizer, state["optimizer"])
         set_rng_state(state["generators"][self.world.rank])
-        progress.update(state["progress"])
-        if self.world.is_main:
-            self.folder.rewind(progress["step"])
-        return True
+        for key, kind in PROGRESS.items():
+            progress[key] = state["progress"][key]
+            if not isinstance(progress[key], kind):
+                raise TypeError(f"{key} of {progress[key]!r}")
 
     def check_same_run(self, state: dict) -> None:
         mine = asdict(self.config) | {"processes": self.world.size}
@@ -275,15 +293,15 @@ class Trainer:
         changed = [k for k in mine if k not in FREE_TO_CHANGE and mine[k] != theirs.get(k)]
         if changed:
             pairs = ", ".join(f"{k} {mine[k]} in place of {theirs.get(k)}" for k in changed)
-            raise ValueError(
+            raise OtherRun(
                 f"train: settings must equal those of the run in {self.folder.path}, got {pairs}; "
                 "take another folder to start anew"
             )
         if state["data"] != self.fingerprint:
-            raise ValueError(f"train: examples must be those of the run in {self.folder.path}, got others")
+            raise OtherRun(f"train: examples must be those of the run in {self.folder.path}, got others")
         shapes = {name: list(p.shape) for name, p in self.trainable.items()}
         if shapes != {name: list(p.shape) for name, p in state["parameters"].items()}:
-            raise ValueError(f"train: trainable parameters must be those of the run in {self.folder.path}, got others")
+            raise OtherRun(f"train: trainable parameters must be those of the run in {self.folder.path}, got others")
 
     def forget(self) -> None:
         """Drop what a run that never reached its first checkpoint has logged."""

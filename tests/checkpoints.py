@@ -82,8 +82,8 @@ def edit_pth(file, edit):
     torch.save(tensors, file)
 
 
-def write_gguf(path, model, kind="F32", *, metadata=None, tensors=None):
-    """The matrices as `kind`, the norms as F32, as llama.cpp's converter writes them."""
+def write_gguf(path, model, kind="F32", *, metadata=None, tensors=None, blocks=None):
+    """The matrices as `kind`, the norms as F32, as llama.cpp's converter writes them. blocks: (bytes, kind) by name."""
     import gguf
 
     c, kind = model.config, gguf.GGMLQuantizationType[kind]
@@ -108,7 +108,9 @@ def write_gguf(path, model, kind="F32", *, metadata=None, tensors=None):
     for name, p in model.named_parameters():
         data = p.detach().numpy()
         key = names.get_name(name if name.startswith("lm_head") else f"model.{name}", try_suffixes=(".weight",))
-        if data.ndim == 2:
+        if name in (blocks or {}):
+            writer.add_tensor(key, blocks[name][0], raw_dtype=blocks[name][1])
+        elif data.ndim == 2:
             writer.add_tensor(key, gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(key, data)

@@ -5,7 +5,20 @@ Two gates, because each is blind to something:
   mean error    <= 1.5x eager's mean     catches a small lean everywhere, e.g. truncating where we should round
 """
 
+from pathlib import Path
+
+import pytest
 import torch
+
+
+def need_memory(gigabytes):
+    """Skips the test where the machine has less memory free."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    free = {name: int(rest.split()[0]) / 1e6 for name, rest in (line.split(":") for line in lines)}.get(
+        "MemAvailable", 0
+    )
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB of free memory, found {free:.1f}")
 
 
 def assert_as_good_as(name, ours, eager, truth, floor=1e-6):

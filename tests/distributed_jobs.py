@@ -6,6 +6,7 @@ with its arguments, `train:ddp`, and writes into the folder.
 """
 
 import os
+import runpy
 import signal
 import sys
 import traceback
@@ -35,9 +36,9 @@ def examples(n=13) -> list[Example]:
     return [Example(r, [False] * p + [True] * (len(r) - p), False, "") for r, p in zip(rows, prompts, strict=True)]
 
 
-def qlora(dropout=0.0, **knobs) -> Llama:
+def qlora(dropout=0.0, rank=4, **knobs) -> Llama:
     torch.manual_seed(1)
-    return peft.apply(quantize_(Llama(TINY), **knobs), peft.LoRAConfig(rank=4, dropout=dropout))
+    return peft.apply(quantize_(Llama(TINY), **knobs), peft.LoRAConfig(rank=rank, dropout=dropout))
 
 
 def make(out, kind, dropout=0.0, **config) -> Trainer:
@@ -53,6 +54,16 @@ def train(folder: Path, kind: str) -> None:
     peft.save(trainer.model, folder / kind / "adapter")
     if trainer.world.is_main:
         torch.save(result, folder / kind / "result.pt")
+
+
+def wrapped(folder: Path) -> None:
+    """DDP gives every process the adapter of process 0 and sends nothing of the frozen base."""
+    rank, model = int(os.environ["RANK"]), qlora()
+    linear = model.layers[0].mlp.up_proj
+    linear.base.weight[0, 0], linear.lora_a.data[0, 0] = 7 + rank, 7.0 + rank
+    Trainer(model, examples(), TrainConfig(**BASE), quiet=True)
+    assert linear.base.weight[0, 0] == 7 + rank
+    assert linear.lora_a[0, 0] == 7
 
 
 def killed(folder: Path, kind: str) -> None:
@@ -108,6 +119,11 @@ def not_finite(folder: Path, kind: str) -> None:
         (folder / f"{kind}-nan-{trainer.world.rank}.txt").write_text(str(error))
 
 
+def thin(folder: Path, kind: str) -> None:
+    """With rank 1 process 1 has no row of A, and so no gradient of it: the gate must ask both."""
+    Trainer(qlora(rank=1), examples(), TrainConfig(**BASE | {"parallel": kind}), quiet=True).train()
+
+
 def finetune(folder: Path, base: str, kind: str) -> None:
     """The command line's job."""
     from llamakern.cli import main
@@ -142,6 +158,15 @@ def loops(folder: Path, name: str) -> None:
     getattr(distributed_loops, name)(folder)
 
 
+def example(folder: Path, name: str) -> None:
+    """A script of examples/, twice: what its second start does after the checkpoint of the first must be the same."""
+    main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"))["main"]
+    arguments = [folder / name] if name == "fsdp2" else []
+    first, second = main(*arguments), main(*arguments)
+    assert first[-1] < first[0] - 0.5, first
+    assert second == (first[4:] if arguments else first), (first, second)
+
+
 def pair(folder: Path, jobs: str) -> list[int]:
     """The jobs in two new processes; their exit codes, negative where a signal ended one."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -150,7 +175,13 @@ def pair(folder: Path, jobs: str) -> list[int]:
     for rank in range(2):
         children.append(os.fork())
         if children[-1] == 0:
-            os.environ |= agent | {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
+            signal.alarm(120)  # the end of a process that hangs
+            os.environ |= agent | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "TORCHELASTIC_RUN_ID": "tests",
+            }
             try:
                 do(folder, jobs)
             except BaseException:

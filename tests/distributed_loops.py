@@ -3,6 +3,8 @@
 Each asserts in both processes; the values to compare with are computed by every process for itself.
 """
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -205,3 +207,20 @@ def torch_styles(mesh, size) -> None:
         ValueError, match="nf4_linear: each process's part of K must be a multiple of block_size 64, got 96"
     ):
         narrow(torch.randn(2, 192).chunk(size, -1)[mesh.get_rank()])
+
+
+def transformers_trainer(folder: Path) -> None:
+    """transformers' Trainer on a patched QLoRA model: batches of four rows, in one process or in two of two each."""
+    import transformers
+    from test_trainers import collate, qlora, rows
+
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    settings = {"per_device_train_batch_size": 4 // size, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    arguments = transformers.TrainingArguments(output_dir=str(folder / "hf"), seed=0, **settings, **quiet)
+    knobs = {"train_dataset": rows(), "data_collator": collate}
+    trainer = transformers.Trainer(model=qlora(patched=True), args=arguments, **knobs)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        figures = [[line["loss"], line["grad_norm"]] for line in trainer.state.log_history if "grad_norm" in line]
+        (folder / "transformers.json").write_text(json.dumps(figures))

@@ -238,7 +238,8 @@ def test_opcheck():
     op = torch.ops.llamakern.attention.default
     torch.library.opcheck(op, (q, k, v, None, True, None, None, None, None, None, False))
     mask = torch.rand(40, 44) > 0.5
-    torch.library.opcheck(op, (q, k, v, mask, False, 0.3, 20, 30, None, None, True))
+    heads_first = (t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v))
+    torch.library.opcheck(op, (*heads_first, mask, False, 0.3, 20, 30, None, None, True))
     starts = torch.tensor([0, 10, 40]).int(), torch.tensor([0, 20, 44]).int()
     torch.library.opcheck(op, (q, k, v, None, True, None, None, None, *starts, False))
 

@@ -1,8 +1,10 @@
 """Attention where sizes, values and strides are at their limits."""
 
+import math
+
 import pytest
 import torch
-from compare import assert_same_bits, outputs_and_gradients
+from compare import assert_same_bits
 from test_attention import check, make_inputs
 
 from llamakern import ops
@@ -44,11 +46,42 @@ def test_blind_rows_take_no_gradient_of_lse():
 
 def test_strides_beyond_two_to_the_31_elements():
     """The rows of the batch lie so far apart that a 32-bit index would miss. Pages never touched cost nothing."""
-    far, sizes = 2**31, (2, 40, 2, 8)
-    room = torch.empty(far + 40 * 2 * 8, dtype=torch.bfloat16)
-    near = torch.randn(sizes).bfloat16()
-    apart = room.as_strided(sizes, (far, 16, 8, 1)).copy_(near)
+    near, apart = near_and_far(2, 40, 2, 8)
     for T in (1, 40):
-        want = outputs_and_gradients(lambda x: ops.attention(x[:, :T], x, x), [near.requires_grad_()])  # noqa: B023
-        got = ops.attention(apart[:, :T], apart, apart)
-        assert_same_bits(got, want["out0"])
+        results = []
+        for x in (near, apart):
+            inputs = [t.detach().requires_grad_() for t in (x[:, :T], x, x)]
+            y = ops.attention(*inputs)
+            results.append((y, *torch.autograd.grad(y, inputs, x[:, -T:])))
+        for want, got in zip(*results, strict=True):
+            assert_same_bits(got.detach(), want.detach())
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_cache_beyond_two_to_the_31_elements(T):
+    """Rows of a cache, or its last blocks, that a 32-bit index would miss."""
+    near, apart = near_and_far(2, 40, 2, 8)
+    q, k, v = (torch.randn(2, T, heads, 8).bfloat16() for heads in (4, 2, 2))
+    lengths = torch.tensor([17, 40]).int()
+    results = []
+    for cache in (near, apart):
+        ops.cache_append_(cache, cache, k, v, lengths)
+        results.append(ops.attention_decode(q, cache, cache, lengths=lengths))
+    assert_same_bits(*results)
+    assert_same_bits(apart.contiguous(), near)
+
+    blocks, block = (1 << 27) + 2, 1  # of 16 elements
+    table = torch.stack((torch.arange(40), torch.arange(blocks - 40, blocks))).int()
+    paged = torch.empty(blocks, block, 2, 8, dtype=torch.bfloat16)
+    for b in range(2):
+        paged[table[b], 0] = near[b]
+    ops.cache_append_(paged, paged, k, v, lengths, block_table=table)
+    assert_same_bits(ops.attention_decode(q, paged, paged, lengths=lengths, block_table=table), results[0])
+
+
+def near_and_far(B, *sizes):
+    """Random numbers (B, *sizes), and the same where the rows of the batch lie 2^31 elements apart."""
+    far, size = 2**31, math.prod(sizes)
+    near = torch.randn(B, *sizes).bfloat16()
+    room = torch.empty((B - 1) * far + size, dtype=torch.bfloat16)
+    return near, room.as_strided(near.shape, (far, *near.stride()[1:])).copy_(near)

@@ -52,6 +52,7 @@ def test_save_and_load(tmp_path, change, dtype):
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == ("tie_embeddings" not in change)
     loaded = Llama.from_pretrained(tmp_path)
     assert_same_model(loaded, model)
+    assert_same_bits(loaded(torch.tensor([[1, 2, 3]])).detach(), model(torch.tensor([[1, 2, 3]])).detach(), "logits")
     assert all(p.requires_grad for p in loaded.parameters())
 
 

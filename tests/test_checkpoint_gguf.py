@@ -3,12 +3,14 @@
 import struct
 import sys
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import assert_same_model, decoded, small, write_gguf
 from compare import assert_same_bits
 
 from llamakern.checkpoint import from_pretrained
+from llamakern.cli import main
 from llamakern.config import RopeScaling
 from llamakern.nn import quantize_
 
@@ -57,6 +59,25 @@ def test_rows_are_decoded_some_at_a_time(tmp_path, monkeypatch):
     whole = from_pretrained(tmp_path)
     monkeypatch.setattr("llamakern.checkpoint_gguf.CHUNK", 7 * 64)
     assert_same_model(from_pretrained(tmp_path), whole)
+
+
+def test_a_mixture_of_k_quants(tmp_path):
+    """llama.cpp's usual files: most matrices Q4_K, some Q6_K. The package cannot write these; random blocks do."""
+    want = small(rope_layout="interleaved", dim=256, hidden_dim=256, head_dim=64)
+    random, blocks = np.random.default_rng(0), {}
+    for name, p in want.named_parameters():
+        if p.dim() == 2:
+            kind = gguf.GGMLQuantizationType["Q6_K" if "v_proj" in name or "down_proj" in name else "Q4_K"]
+            size = gguf.GGML_QUANT_SIZES[kind][1]
+            data = random.integers(0, 32, (p.shape[0], size), np.uint8)  # no byte of a float16 that is not finite
+            blocks[name] = data, kind
+            p.data = torch.from_numpy(gguf.quants.dequantize(data, kind))
+    loaded = from_pretrained(write_gguf(tmp_path / "m.gguf", want, blocks=blocks))
+    for name, p in loaded.named_parameters():
+        if "q_proj" not in name and "k_proj" not in name:
+            assert_same_bits(p.detach(), want.get_parameter(name).detach(), name)
+    logits = want(TOKENS)
+    torch.testing.assert_close(loaded(TOKENS), logits, rtol=0, atol=1e-5 * logits.abs().max().item())
 
 
 def test_transformers_reads_the_same_numbers(tmp_path):
@@ -144,6 +165,12 @@ def test_damaged_headers(tmp_path, data, message):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
         from_pretrained(path)
+
+
+def test_its_own_tokenizer_is_not_read(tmp_path, capsys):
+    path = write_gguf(tmp_path / "m.gguf", model())
+    assert main(["generate", str(path), "--prompt", "a"]) == 1
+    assert "with --tokenizer (that inside a .gguf is not read)" in capsys.readouterr().err
 
 
 def test_without_the_package_its_extra_is_named(tmp_path, monkeypatch):

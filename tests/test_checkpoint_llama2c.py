@@ -1,10 +1,13 @@
+import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import assert_same_model
 
 from llamakern.checkpoint import from_pretrained
+from llamakern.cli import main
 
 
 def test_llama2c(data_dir):
@@ -41,6 +44,19 @@ def test_llama2c_order(tmp_path, shared):
     assert [m.weight.unique().item() for m in order] == list(range(11))
     assert model.lm_head.weight.unique().item() == (0 if shared else 13)
     assert model.config.tie_embeddings == shared
+
+
+def test_the_tokenizer_stands_beside_the_file(tmp_path, capsys):
+    fixtures = Path(__file__).parent / "fixtures"
+    shutil.copy(fixtures / "llama2c.bin", tmp_path)
+    command = ["generate", str(tmp_path / "llama2c.bin"), "--prompt", "a", "--max-new-tokens", "1"]
+    assert main(command) == 1
+    assert f"{tmp_path} must hold one of tokenizer.json" in (error := capsys.readouterr().err)
+    assert "with --tokenizer" in error
+    shutil.copy(fixtures / "tokenizer.model", tmp_path)
+    assert main(["quantize", command[1], str(tmp_path / "nf4")]) == 0
+    assert {file.name for file in (tmp_path / "nf4").iterdir()} >= {"config.json", "tokenizer.model"}
+    assert main(command) == 0
 
 
 def test_bad_llama2c(tmp_path):

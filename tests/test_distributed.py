@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import distributed_jobs as jobs
+import distributed_loops as loops
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,15 +19,16 @@ from llamakern.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tests" / "distributed_jobs.py"
+LOOPS = ["loops:fsdp2,example:fsdp2", "loops:tensor_parallel,example:tensor_parallel"]
 
 
-def python(*words) -> subprocess.CompletedProcess:
-    """Killed with all its children after two minutes: nothing here may hang."""
+def python(*words, timeout=600) -> subprocess.CompletedProcess:
+    """Killed with all its children after `timeout` seconds: nothing here may hang."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([sys.executable, *map(str, words)], env=environment, start_new_session=True, **pipes)
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -34,21 +36,22 @@ def python(*words) -> subprocess.CompletedProcess:
 
 
 def torchrun(*words) -> subprocess.CompletedProcess:
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words)
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words, timeout=120)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, tiny):
     """The folder in which two processes have done every job, with what they printed in output.txt."""
     folder = tmp_path_factory.mktemp("two")
-    pairs = {"loops:fsdp2": "0 0", "loops:tensor_parallel": "0 0"}
+    pairs = dict.fromkeys(LOOPS, "0 0")
+    pairs["wrapped"] = "0 0"
     for kind in jobs.KINDS:
         pairs[f"killed:{kind}"] = "-9 -9"
-        names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate")]
+        names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate", "thin")]
         pairs[",".join([*names, f"finetune:{tiny}:{kind}"])] = "0 0"
     done = python(SCRIPT, folder, *pairs)
     for name, codes in pairs.items():
-        if not name.startswith("loops"):
+        if name not in LOOPS:
             assert f"{name} {codes}\n" in done.stdout, done.stdout
     (folder / "output.txt").write_text(done.stdout)
     return folder
@@ -125,11 +128,27 @@ def test_the_gate_sees_every_tensor(two, kind):
         assert message.endswith(f"of zeros: {name}; no change: {name}"), message
 
 
-@pytest.mark.parametrize("loop", ["fsdp2", "tensor_parallel"])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_loops_of_ones_own(two, loop):
-    """Plain FSDP2 and tensor parallelism: the assertions stand in distributed_loops.py."""
+    """FSDP2 and tensor parallelism without the trainer: the assertions stand in distributed_loops.py."""
     output = (two / "output.txt").read_text()
-    assert f"loops:{loop} 0 0\n" in output, output
+    assert f"{loop} 0 0\n" in output, output
+    if "fsdp2" in loop:
+        assert load_file(two / "fsdp2" / "adapter" / "adapter_model.safetensors")
+
+
+def test_transformers_trainer(tmp_path):
+    for package in ("transformers", "peft", "accelerate"):
+        pytest.importorskip(package)
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    loops.transformers_trainer(folders[0])
+    done = python(SCRIPT, folders[1], "loops:transformers_trainer")
+    assert "loops:transformers_trainer 0 0\n" in done.stdout, done.stdout
+    one, two = (torch.tensor(json.loads((folder / "transformers.json").read_text())) for folder in folders)
+    assert one.shape == (4, 2)
+    torch.testing.assert_close(two, one, rtol=2e-3, atol=0)  # transformers logs rounded losses
 
 
 def test_another_number_of_processes_is_refused(two):

@@ -112,7 +112,9 @@ def test_bytes_kept_under_another_dtype(dtype, double_quant):
 def test_bytes_that_a_cast_has_reached_are_refused():
     linear = NF4Linear.from_linear(nn.Linear(256, 24))
     linear.absmax.data = linear.absmax.data.bfloat16()
-    with pytest.raises(TypeError, match=r"nf4_linear: absmax must be kept as float32, got bfloat16; FSDP2's mixed"):
+    with pytest.raises(
+        TypeError, match="nf4_linear: absmax must be kept as float32, got bfloat16; under FSDP2's mixed"
+    ):
         linear(torch.randn(3, 256))
     linear = NF4Linear.from_linear(nn.Linear(64, 8), double_quant=True)
     with pytest.raises(ValueError, match="nf4_linear: absmax must have an even number of bytes in a row"):

@@ -7,6 +7,7 @@ from compare import (
     check_against_reference,
     check_float16_range,
     check_thread_counts,
+    need_memory,
     outputs_and_gradients,
 )
 
@@ -98,6 +99,30 @@ def test_float16_sums(weight, isa):
         assert ours[name].isfinite().all(), name
         error = (ours[name].double() - truth[name])[[0, 2]] if name != "d2" else torch.zeros(1)  # row 1 lost half of s
         assert error.abs().max() <= 0.05 * truth[name].abs().max(), name
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """Rows that are one row in memory; what is written to the last would miss its place with a 32-bit index."""
+    need_memory(10)
+    x, w = torch.randn(4096).half(), torch.randn(4096).half()
+    rows = x.expand((1 << 19) + 3, 4096)
+    want = ops.rms_norm(x, w, eps=EPS)
+    y = ops.rms_norm(rows, w, eps=EPS)
+    assert_same_bits(y[[0, 1 << 18, 1 << 19, -1]], want.expand(4, 4096))
+
+
+def test_strides_beyond_two_to_the_31_elements():
+    """Two rows so far apart that a 32-bit index would miss. Pages never touched cost nothing."""
+    near = torch.randn(3, 2, 300).half()  # dy, s, residual
+    room = torch.empty((1 << 31) + 900, dtype=torch.float16)
+    far = [room[300 * i :].as_strided((2, 300), (1 << 31, 1)).copy_(t) for i, t in enumerate(near)]
+    for op in (
+        lambda dy, s, r: torch.ops.llamakern.rms_norm_backward(dy, r, s, dy[0], EPS, True),
+        lambda dy, s, r: ops.rms_norm(s, None, eps=EPS, residual=r),
+    ):
+        for got, want in zip(op(*far), op(*near), strict=True):
+            assert_same_bits(got, want)
 
 
 def test_zero_rows(dtype):

@@ -50,6 +50,7 @@ def test_report_counts_what_was_replaced():
     assert report.kept == {}
     assert report.versions["transformers"] == transformers.__version__
     assert "replaced  attention  2" in str(report)
+    assert "hint      no LoRA layers yet" in str(report)
     assert transformers.__version__ in str(report)
 
 
@@ -247,9 +248,9 @@ def test_generate_gives_the_same_tokens(way, name):
     assert torch.equal(model.generate(**given, **knobs), expected)
 
 
-@pytest.mark.parametrize("name", ["plain", "left"])
-def test_compiled_in_one_graph(name):
-    model, given = make(num_hidden_layers=1), batch(name) | {"use_cache": False}
+def test_compiled_in_one_graph():
+    """With a mask; without one, and with LoRA: test_patch_peft."""
+    model, given = make(num_hidden_layers=1), batch("left") | {"use_cache": False}
     patch(model)
     expected = step(model, given)
     torch._dynamo.reset()

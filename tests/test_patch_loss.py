@@ -12,6 +12,7 @@ from compare import assert_same_bits
 from patching import IGNORED, assert_step_as_good, batch, make, step
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llamakern import ops
 from llamakern.integrations.transformers import patch
 from llamakern.integrations.transformers.loss import LateLogits
 
@@ -105,6 +106,15 @@ def test_gradients_flow_through_late_logits_too():
 
     for ours, eager in zip(both(patched()), both(make()), strict=True):
         torch.testing.assert_close(ours, eager, atol=1e-6, rtol=1e-4)
+
+
+def test_autocast_narrows_the_head_as_any_linear(monkeypatch):
+    seen, op = [], ops.linear_cross_entropy
+    monkeypatch.setattr(ops, "linear_cross_entropy", lambda h, w, *a, **k: (seen.append((h, w)), op(h, w, *a, **k))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = patched()(**batch()).loss
+    assert loss.dtype == torch.float32
+    assert [t.dtype for t in seen[0]] == [torch.bfloat16] * 2
 
 
 def test_labels_may_come_by_position():

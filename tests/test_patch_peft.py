@@ -84,8 +84,20 @@ def test_a_training_step_is_as_good_as_pefts(base, dtype):
     given = batch("left")
     eager, truth = step(adapted(base(dtype)), given), step(dequantized(adapted(base(dtype))), given)
     model = adapted(base(dtype))
-    assert patch(model).replaced["lora"] == LAYERS
+    report = patch(model)
+    assert report.replaced["lora"] == LAYERS
+    assert not report.hint
     assert_step_as_good(step(model, given), eager, truth)
+
+
+def test_peft_takes_nf4_linears_for_linears():
+    """Marked as loaded in 4 bits, the model must still not be sent to bitsandbytes' layers."""
+    model = quantize_(make())
+    assert model.is_loaded_in_4bit
+    model = adapted(model)
+    assert {type(layer) for layer in layers(model)} == {peft.tuners.lora.Linear}
+    assert {type(layer.base_layer) for layer in layers(model)} == {NF4Linear}
+    assert "lora_A" in next(name for name, p in model.named_parameters() if p.requires_grad)
 
 
 SETTINGS = {

@@ -76,6 +76,12 @@ def test_formula_against_float64(rslora, scale):
     torch.testing.assert_close(lora(x).double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_all_linear_from_the_command_line():
+    config = LoRAConfig(targets=("all-linear",))
+    assert config.targets == "all-linear"
+    assert len(config.match(tiny())) == 14
+
+
 def test_a_starts_within_its_bound_and_uses_it():
     a = LoRALinear(torch.nn.Linear(64, 8), 32, 1.0).lora_a.detach()
     assert a.abs().max() <= 1 / 8
@@ -98,10 +104,11 @@ def test_dropout_needs_training_and_follows_the_generator(base):
     assert torch.equal(run(0), run(1))
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_checkpointed_activations_give_the_same_gradients(base):
+def test_checkpointed_activations_give_the_same_gradients(base, dora):
     def gradients(checkpoint):
-        model = wake(peft.apply(tiny(base), LoRAConfig(rank=4, dropout=0.5))).train()
+        model = wake(peft.apply(tiny(base), LoRAConfig(rank=4, dropout=0.5, dora=dora))).train()
         model.checkpoint_activations = checkpoint
         torch.manual_seed(5)
         model.loss(tokens(2, 9), tokens(2, 9)).backward()
@@ -221,6 +228,7 @@ def test_tensors_that_do_not_fit_are_named_and_leave_the_model_alone(saved):
     ("text", "message"),
     [
         ("{", r"adapter_config\.json must be JSON, got"),
+        ("[" * 10**5, r"adapter_config\.json must be JSON, got"),
         ("[]", r"adapter_config\.json must hold a JSON object, got list"),
         (
             '{"peft_type": "LORA", "target_modules": ["q_proj"], "lora_alpha": 1}',

@@ -72,7 +72,10 @@ def test_it_starts_at_the_base_bit_for_bit(base, dropout, dtype):
     base = linear(base, dtype, bias=False)
     module = LoRALinear(base, RANK, SCALE, dropout, dora=True).train()
     x = torch.randn(6, module.in_features, dtype=dtype)
-    assert_same_bits(module(x), base(x))
+    if dtype == torch.float16 and type(base) is nn.Linear and not dropout:  # ours is float32's there, rounded once
+        torch.testing.assert_close(module(x), base(x), rtol=1e-3, atol=1e-5)
+    else:
+        assert_same_bits(module(x), base(x))
     if dtype == torch.float32:
         torch.testing.assert_close(module.magnitude.detach(), dense(module).norm(dim=1))
 
@@ -112,6 +115,35 @@ def test_row_norms_follow_the_base():
         assert not torch.equal(module.row_norms(), before)
 
 
+def test_generation_computes_the_norms_once(monkeypatch):
+    module, x, calls = dora("nf4").eval(), torch.randn(2, 128), []
+    row_norms = LoRALinear.row_norms
+    monkeypatch.setattr(LoRALinear, "row_norms", lambda self: calls.append(1) or row_norms(self))
+
+    def fresh():
+        with torch.enable_grad():
+            return module(x).detach()
+
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: module.lora_a.data.mul_(2),  # which no version counter sees
+            lambda: module.lora_b.add_(1),
+            lambda: module.magnitude.add_(1),
+            lambda: module.load_state_dict({"base.absmax": module.base.absmax * 2}, strict=False),
+            lambda: setattr(module, "base", NF4Linear.from_linear(nn.Linear(128, 260))),
+        ):
+            module(x)
+            change()
+            assert_same_bits(module(x), fresh())
+        calls.clear()
+        for _ in range(3):
+            module(x)
+        assert not calls
+    module(x)
+    assert len(calls) == 1
+
+
 def test_norms_are_a_constant_of_the_backward():
     """Were n differentiated too, a scaled B would leave the direction of W + s·B A and so the loss as it is."""
     module = dora("dense", bias=False)
@@ -135,8 +167,7 @@ def test_a_row_of_zeros_gives_zeros_and_finite_gradients():
     assert all(torch.isfinite(p.grad).all() for p in (module.lora_a, module.lora_b, module.magnitude))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["whole", "dropped"])
-@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize(("base", "dropout"), [("dense", 0.4), ("nf4", 0.0)])
 def test_a_compiled_model(base, dropout):
     torch.manual_seed(0)
     model = Llama(LlamaConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=64, vocab_size=23))
@@ -204,11 +235,11 @@ def test_a_fresh_bias_on_b_is_the_base():
         assert torch.equal(LoRALinear(base, RANK, SCALE, bias=True)(x), base(x))
 
 
-@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=["f32", "b16"])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16, torch.float16], ids=["a32", "ab16", "a16"])
 @pytest.mark.parametrize("base", BASES)
 def test_adapters_of_either_dtype_beside_each_base(base, adapter, dtype):
-    if adapter == torch.bfloat16 and dtype != adapter:
-        pytest.skip("bfloat16 adapters go with bfloat16 tokens")
+    if adapter not in (torch.float32, dtype):
+        pytest.skip("half-precision adapters go with tokens of their dtype")
     module = LoRALinear(linear(base, dtype), RANK, SCALE)
     module.lora_a.data = module.lora_a.data.to(adapter)
     module.lora_b.data = torch.randn_like(module.lora_b).to(adapter)

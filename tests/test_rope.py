@@ -1,6 +1,12 @@
 import pytest
 import torch
-from compare import check_against_reference, check_thread_counts, outputs_and_gradients
+from compare import (
+    assert_same_bits,
+    check_against_reference,
+    check_thread_counts,
+    need_memory,
+    outputs_and_gradients,
+)
 
 from llamakern import ops
 from llamakern.ops.rope import rope_reference
@@ -150,6 +156,21 @@ def test_bad_input(changes, error, message):
     q, k, cos, sin = (arguments.pop(name) for name in ("q", "k", "cos", "sin"))
     with pytest.raises(error, match=message):
         ops.rope(q, k, cos, sin, **arguments)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """Tokens that are one token in memory, of which only the last turns: a 32-bit index would miss its place."""
+    need_memory(10)
+    T, H, D = (1 << 20) + 3, 32, 64
+    q, k = torch.randn(1, 1, H, D).half(), torch.randn(1, 1, 1, D).half()
+    cos, sin = torch.ones(T, D // 2), torch.zeros(T, D // 2)
+    cos[-1], sin[-1] = torch.randn(D // 2), torch.randn(D // 2)
+    yq, yk = ops.rope(q.expand(1, T, H, D), k.expand(1, T, 1, D), cos, sin)
+    for y, x, want in zip((yq, yk), (q, k), ops.rope(q, k, cos[-1:], sin[-1:]), strict=True):
+        assert_same_bits(y[:, -1:], want)
+        assert_same_bits(y[:, -2:-1], x)
+        assert_same_bits(y[:, :1], x)
 
 
 def test_other_dtypes_are_refused_by_name():

@@ -5,6 +5,7 @@ from compare import (
     check_against_reference,
     check_float16_range,
     check_thread_counts,
+    need_memory,
     outputs_and_gradients,
 )
 
@@ -59,6 +60,29 @@ def test_float16_range(isa):
     up = torch.full((50,), 1000.0).half().requires_grad_()
     ours, naive = (lambda g, u, op=op: 1000 * op(g, u) for op in (ops.swiglu, swiglu_reference))
     check_float16_range(ours, naive, (gate, up), rtol=5e-3)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """Rows that are one row in memory; what is written to the last would miss its place with a 32-bit index."""
+    need_memory(10)
+    gate, up = torch.randn(4096).half(), torch.randn(4096).half()
+    want = ops.swiglu(gate, up)
+    y = ops.swiglu(gate.expand((1 << 19) + 3, 4096), up.expand((1 << 19) + 3, 4096))
+    assert_same_bits(y[[0, 1 << 18, 1 << 19, -1]], want.expand(4, 4096))
+
+
+def test_strides_beyond_two_to_the_31_elements():
+    """Two rows so far apart that a 32-bit index would miss. Pages never touched cost nothing."""
+    inputs = make_inputs((2, 300), torch.float16)
+    want = outputs_and_gradients(ops.swiglu, inputs)
+    room = torch.empty((1 << 31) + 600, dtype=torch.float16)
+    far = [room[300 * i :].as_strided((2, 300), (1 << 31, 1)).copy_(t.detach()) for i, t in enumerate(inputs)]
+    got = torch.ops.llamakern.swiglu_backward(far[0], *far)
+    assert_same_bits(ops.swiglu(*far), want["out0"])
+    near = [t.detach() for t in inputs]
+    for ours, theirs in zip(got, torch.ops.llamakern.swiglu_backward(near[0], *near), strict=True):
+        assert_same_bits(ours, theirs)
 
 
 def test_nan_goes_through(isa):

@@ -200,3 +200,37 @@ def test_which_file_of_a_folder(tmp_path, data_dir):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json must be a tokenizer.json, got"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.model", b"", r"tokenizer: .* must be a sentencepiece model, got an empty file"),
+        ("tokenizer.json", b'{"a": "\xff"}', r"tokenizer: .*tokenizer.json must be UTF-8, got"),
+        ("tokenizer.json", b"[" * 100_000, r"tokenizer: .* must be a tokenizer.json, got"),
+        ("tokenizer_config.json", b"[" * 100_000, r"tokenizer: .*tokenizer_config.json must hold a JSON object, got"),
+        ("tokenizer_config.json", b'{"bos_token": 3}', "bos_token beside tokenizer.json must be a string, got 3"),
+        ("tokenizer_config.json", b'{"bos_token": "\\ud800"}', r"bos_token beside tokenizer.json must be a string, got"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    if "config" in name:
+        (tmp_path / "tokenizer.json").write_bytes((FIXTURES / "tokenizer.json").read_bytes())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_json_without_its_unknown_token(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(ValueError, match=r"tokenizer: tokenizer.json must have tokens for the text, got"):
+        load_tokenizer(tmp_path).encode("b")
+
+
+def test_pieces_must_be_text(tmp_path):
+    content = (FIXTURES / "tokenizer.model").read_bytes()
+    at = content.index("▁ab".encode())
+    (tmp_path / "tokenizer.model").write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+    with pytest.raises(ValueError, match=r"tokenizer: .* must (hold pieces in UTF-8|be a sentencepiece model), got"):
+        load_tokenizer(tmp_path)

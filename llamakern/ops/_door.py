@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+LIBRARY = torch.library.Library("llamakern", "IMPL")
+
 
 def differentiable(
     name: str, *, fake: Callable, setup_context: Callable, backward: Callable
@@ -24,6 +26,7 @@ def differentiable(
     register_shapes(name, fake, prefix="_")
     torch.library.register_autograd(f"llamakern::{name}", backward, setup_context=setup_context)
     raw = getattr(torch.ops.llamakern, f"_{name}").default
+    LIBRARY.impl(f"_{name}", torch.library.fallthrough_kernel, "Autograd")  # else each call asks whether one is there
 
     class Recorded(torch.autograd.Function):
         @staticmethod
@@ -40,14 +43,16 @@ def differentiable(
     Transformable.setup_context = staticmethod(setup_context)
     Recorded.backward = Transformable.backward = staticmethod(backward)
 
+    # Past Function.apply's own Python, which looks at each argument for a torch.func wrapper and costs 1 to 2 us.
+    record = super(torch.autograd.Function, Recorded).apply
     traceable = getattr(torch.ops.llamakern, name).default
 
     def recorded(*args):
         if torch.compiler.is_compiling():  # which refuses a Function that is given one tensor twice, as in q, k, k
             return traceable(*args)
         # torch.func asks for the second form, which costs 5 us more: it binds the arguments by signature at each call.
-        form = Transformable if torch._C._are_functorch_transforms_active() else Recorded
-        return form.apply(*args)
+        transformed = torch._C._are_functorch_transforms_active()
+        return Transformable.apply(*args) if transformed else record(*args)
 
     return raw, recorded
 
@@ -111,6 +116,8 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of linears and attention on x's device, or None outside autocast."""
+    if not torch._C._is_any_autocast_enabled():  # the usual case, in a fifth of the time of the questions below
+        return None
     device = x.device.type
     on = device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to answer for meta
     return torch.get_autocast_dtype(device) if on else None

@@ -173,8 +173,8 @@ def cache_append_reference_(k_cache, v_cache, k, v, lengths):
 # ------------------------------------------------------------------------------------------- torch.compile and autograd
 
 
-def _fake(q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, top_left):
-    B, T, H, _D = q.shape
+def _fake(q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, heads_first):
+    B, T, H, _D = q.transpose(1, 2).shape if heads_first else q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
 
 
@@ -186,7 +186,7 @@ _attention_backward = backward_op("attention_backward", fake=_fake_backward)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, mask, *ctx.rule, cu_seqlens_q, cu_seqlens_k, ctx.top_left = inputs
+    q, k, v, mask, *ctx.rule, cu_seqlens_q, cu_seqlens_k, ctx.heads_first = inputs
     ctx.save_for_backward(q, k, v, *output, mask, cu_seqlens_q, cu_seqlens_k)
     ctx.set_materialize_grads(False)
 
@@ -195,7 +195,7 @@ def _backward(ctx, dy, dlse):
     q, k, v, y, lse, mask, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(y)
-    grads = _attention_backward(dy, dlse, q, k, v, y, lse, mask, *ctx.rule, cu_seqlens_q, cu_seqlens_k, ctx.top_left)
+    grads = _attention_backward(dy, dlse, q, k, v, y, lse, mask, *ctx.rule, cu_seqlens_q, cu_seqlens_k, ctx.heads_first)
     return *grads, None, None, None, None, None, None, None, None
 
 

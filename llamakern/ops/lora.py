@@ -47,10 +47,10 @@ def lora_linear(
         bias = None if bias is None else bias.to(x.dtype)
         # torch's own routine: in bfloat16 it is as fast as ours, and the frozen base keeps its bits. The gradients of x
         # and w are those of the fused op below.
-        base = F.linear(x.detach(), w.detach(), bias)
+        call = _recorded if wants_grad(x, w, lora_a, lora_b, bias) else _raw
+        base = F.linear(x, w, bias) if call is _raw else F.linear(x.detach(), w.detach(), bias)
         # An element of base may leave float16's range where y does not: then it is computed again, with this bias.
         again = bias.detach() if bias is not None and x.dtype == torch.float16 else None
-        call = _recorded if wants_grad(base, x, w, lora_a, lora_b) else _raw
         return call(base, x, w, lora_a, lora_b, again, seed, scale, dropout)[0]
 
     return scaled("lora_linear", linear, x, bias, in_scale, out_scale, w, lora_a, lora_b)

@@ -49,9 +49,9 @@ def scaled_dot_product_attention(
 
 def _attend(query, key, value, mask, is_causal, scale):
     """All in (B, H, T, D), Hkv dividing H."""
-    q, k, v = _autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    q, k, v = _autocast(query, key, value)
     call = _recorded if wants_grad(q, k, v) else _raw
-    return call(q, k, v, mask, is_causal, scale, None, None, None, None, True)[0].transpose(1, 2)
+    return call(q, k, v, mask, is_causal, scale, None, None, None, None, True)[0]
 
 
 def _any_shapes(query, key, value, mask, is_causal, scale, enable_gqa):

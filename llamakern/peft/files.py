@@ -150,7 +150,7 @@ def read_prompt(path: str | Path) -> dict | None:
 def read_object(file: Path) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"peft: {file} must be JSON, got {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"peft: {file} must hold a JSON object, got {type(value).__name__}")

@@ -114,9 +114,10 @@ def patch_loss(base: PreTrainedModel, report: Report) -> None:
 
 def patch_lora(base: PreTrainedModel, report: Report) -> None:
     count = 0
-    for name, module in base.named_modules():
-        if not lora_room.is_lora(module):
-            continue
+    layers = {name: module for name, module in base.named_modules() if lora_room.is_lora(module)}
+    if not layers:
+        report.hint = "no LoRA layers yet; once PEFT has added them, patch again, and they are fused too"
+    for name, module in layers.items():
         reason = why_stranger(module) if "forward" in vars(module) else lora_room.why_not(module)
         if "forward" not in vars(module):
             bind(module, lora_room.forward)

@@ -13,11 +13,13 @@ class Report:
     replaced   part -> how many modules: "attention", "rope", "norm", "mlp", "loss", "lora"
     kept       part, or "part: module name" -> why it was left alone
     versions   package -> version
+    hint       what more could be done, or ""
     """
 
     replaced: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    hint: str = ""
 
     def __str__(self) -> str:
         lines = [f"llamakern {self.versions['llamakern']} in transformers {self.versions['transformers']}"]
@@ -25,6 +27,7 @@ class Report:
         for (part, reason), names in self.reasons().items():
             where = f" ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})" if names[0] else ""
             lines.append(f"  kept      {part:<10} {reason}{where}")
+        lines += [f"  hint      {self.hint}"] if self.hint else []
         return "\n".join(lines)
 
     def reasons(self) -> dict[tuple[str, str], list[str]]:

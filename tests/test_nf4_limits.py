@@ -1,0 +1,55 @@
+"""NF4 where values and sizes are at their limits."""
+
+import pytest
+import torch
+from compare import assert_same_bits, check_float16_range
+
+from llamakern import ops
+from llamakern.ops.nf4 import nf4_dequantize_reference, nf4_linear_reference
+
+
+@pytest.mark.parametrize("M", [3, 20])
+def test_float16_range(M, isa):
+    """absmax beyond float16."""
+    weight, absmax = ops.nf4_quantize(torch.randn(40, 64) * 1e5)
+    x = (torch.randn(M, 64) * 1e-3).half().requires_grad_()
+
+    def of(op):
+        return lambda x: op(x, weight, absmax) / 2**10
+
+    check_float16_range(of(ops.nf4_linear), of(nf4_linear_reference), (x,))
+    half, want = (fn(weight, absmax / 4, dtype=torch.float16) for fn in (ops.nf4_dequantize, nf4_dequantize_reference))
+    assert_same_bits(half, want)
+
+
+def test_float16_scales(isa):
+    """in_scale ⊙ x or the unscaled y beyond float16."""
+    weight, absmax = ops.nf4_quantize(torch.randn(40, 64))
+    x, bias = (100 * torch.randn(8, 64)).half().requires_grad_(), torch.randn(40).half().requires_grad_()
+    large, small = torch.full((64,), 2000.0).requires_grad_(), torch.full((40,), 1e-4).requires_grad_()
+
+    def of(op, *dtypes):
+        return lambda x, bias, a, b: op(x, weight, absmax, bias, in_scale=a.to(x.dtype), out_scale=b.to(x.dtype)) / 2**8
+
+    check_float16_range(of(ops.nf4_linear), of(nf4_linear_reference), (x, bias, large, small))
+    y = ops.nf4_linear(x, weight, absmax, in_scale=large.detach().half(), out_scale=small.detach().half())
+    assert y.dtype == torch.float16
+    assert y.isfinite().all()
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """All blocks are 0 but those of the last row, which a 32-bit index would miss. Pages never written cost nothing."""
+    N, K = (1 << 19) + 3, 4096
+    weight, absmax = torch.zeros(N, K // 2, dtype=torch.uint8), torch.zeros(N, 1)
+    weight[-1], absmax[-1] = torch.randint(256, (K // 2,), dtype=torch.uint8), 1.0
+    row = ops.nf4_dequantize(weight[-1:], absmax[-1:], block_size=K)
+    for M in (1, 9):
+        x = torch.randn(M, K, requires_grad=True)
+        y = ops.nf4_linear(x, weight, absmax, block_size=K)
+        torch.testing.assert_close(y[:, -1:], x @ row.T, atol=1e-3, rtol=1e-4)
+        assert not y[:, :-1].any()
+    dy = torch.zeros(9, N)
+    dy[:, -1] = torch.arange(9)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx, dy[:, -1:] * row)
