@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 import transformers
 from compare import assert_same_bits
 from patching import assert_step_as_good, batch, make, step
+from transformers.models.llama import modeling_llama as hf
 
 from llamakern.integrations.transformers import patch, unpatch
 
@@ -105,6 +106,39 @@ def test_forwards_of_others_are_not_touched():
     assert not model.eval()(**batch()).logits.any()
     unpatch(model)
     assert "forward" in vars(norm)
+
+
+def doubled(original):
+    """A forward or rope whose tensors, or whose loss, are twice those of the original."""
+
+    @functools.wraps(original)
+    def call(*args, **kwargs):
+        out = original(*args, **kwargs)
+        if isinstance(out, dict):
+            out["loss"] = out["loss"] * 2
+            return out
+        return tuple(2 * t for t in out) if isinstance(out, tuple) else 2 * out
+
+    return call
+
+
+CHANGED = {"LlamaRMSNorm": "norm", "LlamaMLP": "mlp", "LlamaForCausalLM": "loss", "apply_rotary_pos_emb": "rope"}
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "bare"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_another_program_has_put_into_the_classes_stays(name, wrapped, monkeypatch):
+    owner, attribute = (hf, name) if CHANGED[name] == "rope" else (getattr(hf, name), "forward")
+    changed = doubled(getattr(owner, attribute))
+    if not wrapped:
+        del changed.__wrapped__
+    monkeypatch.setattr(owner, attribute, changed)
+    model = make()
+    expected = step(model, batch())
+    report = patch(model)
+    assert CHANGED[name] not in report.replaced
+    assert CHANGED[name] in report.kept
+    torch.testing.assert_close(step(model, batch())["loss"], expected["loss"], atol=1e-5, rtol=1e-5)
 
 
 def test_a_wrapper_put_around_ours_stays_and_falls_quiet():
