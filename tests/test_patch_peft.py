@@ -232,37 +232,6 @@ def test_variants_stay_pefts(settings, reason):
         assert_same_bits(value, expected[name], name)
 
 
-@pytest.mark.parametrize("part", ["lora_A.default", "lora_B.default", "lora_dropout.default", "base_layer"])
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_hooks_inside_a_layer_are_called(part, kind):
-    model = adapted(make())
-    patch(model)
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
-    calls = []
-    getattr(layer.get_submodule(part), f"register_{kind}_hook")(lambda *_: calls.append(part))
-    step(model, batch())
-    assert calls == [part]
-
-
-@pytest.mark.parametrize("before", [True, False], ids=["before patch", "after patch"])
-def test_adaption_prompts_in_bfloat16(before):
-    def made(dtype):
-        torch.manual_seed(1)
-        config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
-        model = peft.get_peft_model(make(torch.bfloat16), config)
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data.normal_(std=0.5)
-        return model.to(dtype)
-
-    eager, truth = step(made(torch.bfloat16), batch()), step(made(torch.float64), batch())
-    model = made(torch.bfloat16)
-    if before:
-        patch(model.base_model)
-    assert "adaption prompts" in patch(model).kept["rope"]
-    assert_step_as_good(step(model, batch()), eager, truth)
-
-
 def test_biases_of_the_base():
     given = batch()
     bias = {"attention_bias": True, "mlp_bias": True}
