@@ -160,9 +160,10 @@ def test_one_token_sees_the_whole_cache():
     torch.testing.assert_close(y, expected.transpose(1, 2), atol=1e-6, rtol=1e-6)
 
 
-def test_mask_longer_than_the_keys():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_mask_longer_than_the_keys(dtype):
     q, k, v = heads(T=2, S=4)
-    mask = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 0, 1, 1, 1, 1]], dtype=torch.bool).expand(2, 1, 2, 6)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 0, 1, 1, 1, 1]], dtype=dtype).expand(2, 1, 2, 6)
     y, _ = room.attention_forward(ATTENTION, q, k, v, mask)
     expected, _ = room.attention_forward(ATTENTION, q, k, v, mask[..., :4])
     assert_same_bits(y, expected)
