@@ -96,8 +96,8 @@ def verify(
     """Compare two models that should compute the same: logits, loss and the gradient of every trainable tensor.
 
     a, b    transformers' models (PEFT's too) or this package's. b may also be a function that is called with `a` and
-            changes it in place: `verify(model, llamakern.patch, batch)` leaves the model patched. LoRA's A has no
-            gradient while B is 0, so fill B, or compare after some steps.
+            changes it in place, or returns another model: `verify(model, llamakern.patch, batch)` leaves the model
+            patched. LoRA's A has no gradient while B is 0, so fill B, or compare after some steps.
     batch   a dict as transformers' models take it (input_ids (B, T), labels (B, T), which the model shifts itself,
             attention_mask, position_ids), a `llamakern.data.Batch`, or tokens (B, T) alone, all of them trained.
             Each model gets it in its own form; a label at the last position of a Batch's row has no place in
@@ -126,8 +126,8 @@ def verify(
         noise["loss"] = (token_loss_change(own.logits, other.logits, batch),) * 2
         del other
         if not isinstance(b, nn.Module):
-            b(a)
-            b = a
+            made = b(a)
+            b = made if isinstance(made, nn.Module) else a
         theirs = run(b, batch)
     shared = [name for name in own.gradients if name in theirs.gradients]
     found = compare(own, theirs, shared)

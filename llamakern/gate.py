@@ -39,6 +39,7 @@ class Gate:
             return
         self.seen += 1
         gradients = {name: p.grad for name, p in self.trainable.items() if p.grad is not None}
+        gradients = {name: grad._values() if grad.is_sparse else grad for name, grad in gradients.items()}
         if bad := [name for name, grad in gradients.items() if not whole(torch.isfinite(grad).all())]:
             self.finish({"a gradient that is not finite": bad})
         # moving is not enough: weight decay alone moves a tensor

@@ -117,6 +117,21 @@ def test_steps_skipped_by_a_grad_scaler_do_not_count(fused):
     assert gate.judged
 
 
+def test_sparse_gradients_are_looked_into():
+    table = nn.Embedding(10, 4, sparse=True)
+    optimizer = torch.optim.SparseAdam(table.parameters(), lr=0.1)
+    gate = llamakern.check_training(table, optimizer)
+    for _ in range(STEPS):
+        table(torch.tensor([1, 2, 1])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert gate.judged
+    gate = llamakern.check_training(table, optimizer)
+    (table(torch.tensor([1, 2])).sum() * torch.inf).backward()
+    with pytest.raises(GateError, match="not finite"):
+        optimizer.step()
+
+
 def test_accumulated_gradients_are_one_step():
     net = without_extra()
     optimizer = adamw(net)

@@ -162,6 +162,18 @@ def test_a_function_changes_the_first_model():
     assert not llamakern.verify(model, worsen, tokens()).ok
 
 
+def test_a_function_may_return_another_model():
+    def other(model):
+        made = copy.deepcopy(model)
+        with torch.no_grad():
+            made.layers[1].mlp.up_proj.lora_b.mul_(3)
+        return made
+
+    model = with_lora(tiny())
+    assert not llamakern.verify(model, other, tokens()).ok
+    assert llamakern.verify(model, lambda same: same, tokens()).within(0.0)
+
+
 def test_tensors_that_one_model_lacks_are_listed():
     model, other = with_lora(tiny()), with_lora(tiny())
     other.layers[0].mlp.up_proj.lora_a.requires_grad_(False)
