@@ -185,9 +185,19 @@ def test_dry_run_shows_all_and_writes_nothing(tiny, tmp_path, capsys):
 
 
 def test_quantize_writes_a_folder_that_loads(tiny, tmp_path, capsys):
-    assert main(["quantize", str(tiny / "base"), str(tmp_path / "q")]) == 0
+    beside = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    for name in beside[1:]:
+        (tmp_path / "base" / name).write_text("{}")
+    assert main(["quantize", str(tmp_path / "base"), str(tmp_path / "q")]) == 0
+    for name in beside:
+        assert (tmp_path / "q" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
     assert main(["generate", str(tmp_path / "q"), "--prompt", "red", "--max-new-tokens", "2"]) == 0
     assert "MB" in capsys.readouterr().out
+
+
+def test_words_may_be_spelled_as_flags():
+    assert settings.build(FinetuneConfig, None, ["base=a", "data=b", "batch-size=3"]).batch_size == 3
 
 
 def test_info(capsys):

@@ -66,7 +66,9 @@ def test_estimate_leaves_no_trace(trainer):
     names = [name for name, _ in trainer.model.named_parameters()]
     weights = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.model.eval()
+    trainer.config.checkpoint_activations = True
     cost = estimate.estimate(trainer)
+    assert not trainer.model.checkpoint_activations
     assert [name for name, _ in trainer.model.named_parameters()] == names
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
     assert all(p.grad is None for p in trainer.model.parameters())
@@ -74,6 +76,15 @@ def test_estimate_leaves_no_trace(trainer):
     assert torch.equal(before, torch.get_rng_state())
     assert cost.total == sum(cost.parts.values())
     assert cost.measured
+
+
+def test_time_grows_with_blocks_and_accumulation(trainer, monkeypatch):
+    seconds = {(1, 1): 2.0, (3, 1): 5.0, (1, 2): 3.0}
+    monkeypatch.setattr(estimate, "probe", lambda *_: (dict.fromkeys(seconds, 0), seconds, True))
+    trainer.config.accumulation = 3
+    cost = estimate.estimate(trainer)
+    assert cost.seconds_per_step == 3 * (2.0 + 3 * 1.5)
+    assert cost.hours == cost.seconds_per_step * trainer.total / 3600
 
 
 def test_the_largest_batch_just_fits():
