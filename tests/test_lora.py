@@ -106,6 +106,18 @@ def test_float16_base(adapter, isa):
     assert_same_bits(y, F.linear(x, w, bias))
 
 
+def test_float16_base_that_is_infinite(isa):
+    """Only what the adapter changes is computed again: the rest keeps its bits, inf and nan included."""
+    x, w = torch.ones(20, 64).half(), torch.ones(40, 64).half()
+    base = torch.full((20, 40), torch.inf).half()
+    base[:, ::7] = torch.nan
+    lora_a, lora_b = torch.ones(2, 64).half(), torch.ones(40, 2).half()
+    lora_b[::2] = 0
+    y, _h = torch.ops.llamakern.lora_linear(base, x, w, lora_a, lora_b, None, None, 1.0, 0.0)
+    again = lora_b.any(1) & ~base.isnan()
+    assert_same_bits(y, torch.where(again, 64.0 + 2 * 64.0, base))
+
+
 def test_float16_gradient_of_the_weight():
     x, w, lora_a, lora_b, _ = make_case("dense", 30, 20, 64, 4, torch.float16)[2]
     dw, truth = (
