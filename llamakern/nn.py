@@ -66,7 +66,7 @@ class NF4Linear(nn.Linear):
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None, *, block_size=64, double_quant=False):
-        """Quantises a weight (N, K) of float32 or bfloat16."""
+        """Quantises a weight (N, K) of float32, bfloat16 or float16."""
         N, K = weight.shape
         made = cls(K, N, bias is not None, block_size=block_size, double_quant=double_quant, device="meta")
         packed, absmax = ops.nf4_quantize(weight.detach(), block_size=block_size)
