@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from llamakern import Llama, LlamaConfig, peft
 from llamakern.distributed import shard
-from llamakern.nn import NF4Linear, quantize_
+from llamakern.nn import quantize_
 
 ADAPTER = StateDictOptions(ignore_frozen_params=True)  # the base is in its own file already
 STEPS = 8
@@ -29,9 +29,7 @@ def main(out: Path) -> list[float]:
     torch.manual_seed(0)  # the same start everywhere
     config = LlamaConfig(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=256, vocab_size=64)
     model = peft.apply(quantize_(Llama(config)), peft.LoRAConfig(rank=8))
-    for module in model.modules():
-        if isinstance(module, NF4Linear):
-            module.store_(torch.bfloat16)  # mixed precision casts float32 parameters, and absmax must stay
+    # A group per block. RoPE's angles are inputs of a block and stay float32.
     shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 

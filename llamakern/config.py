@@ -59,6 +59,7 @@ class LlamaConfig:
             value = getattr(self, name)
             if not _is_positive(value):
                 raise ValueError(f"config: {name} must be a positive number, got {value!r}")
+            setattr(self, name, float(value))
         if not isinstance(self.tie_embeddings, bool):
             raise ValueError(f"config: tie_embeddings must be true or false, got {self.tie_embeddings!r}")
         for name in ("bos_id", "eos_id"):
@@ -168,7 +169,7 @@ def _rope_scaling(rope: dict, max_seq_len: int) -> RopeScaling | None:
     numbers = [rope.get(name) for name in factors] + [rope.get("original_max_position_embeddings", max_seq_len)]
     if not all(_is_positive(n) for n in numbers):
         raise ValueError(f"config: rope_scaling must hold {', '.join(factors)} as positive numbers, got {rope}")
-    return RopeScaling(*numbers)
+    return RopeScaling(*map(float, numbers[:3]), numbers[3])
 
 
 def _sizes(dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim):

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from llamakern.nn import NF4Linear
+
 KINDS = ("ddp", "fsdp2")
 
 
@@ -114,12 +116,19 @@ def wrap(model: nn.Module, kind: str, world: World) -> nn.Module:
 def shard(model: nn.Module, **knobs) -> nn.Module:
     """The model itself, sharded by FSDP2 (`fully_shard`) over all processes: a group per block, the rest in one.
 
-    knobs go to fully_shard. Frozen scalars (the offsets of double quantisation) stay whole, since FSDP2 takes none; for
-    a trainable one torch raises ValueError. An mp_policy needs cast_forward_inputs=False, because angles stay float32,
-    and `NF4Linear.store_(param_dtype)`, because packed weights must not be cast.
+    knobs go to fully_shard. An mp_policy needs cast_forward_inputs=False, because angles stay float32. Packed weights
+    must not be cast, and torch before 2.13 shards only what is floating-point: for both `NF4Linear.store_` is called.
+    Frozen scalars (the offsets of double quantisation) stay whole, since FSDP2 takes none; for a trainable one torch
+    raises ValueError.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    storage = getattr(knobs.get("mp_policy"), "param_dtype", None)
+    if storage is None and torch.__version__ < "2.13":
+        storage = torch.bfloat16
+    for module in model.modules() if storage else ():
+        if isinstance(module, NF4Linear):
+            module.store_(storage)
     knobs.setdefault("ignored_params", {p for p in model.parameters() if p.dim() == 0 and not p.requires_grad})
     for layer in model.layers:
         fully_shard(layer, **knobs)

@@ -52,10 +52,14 @@ class Estimate:
         return self.seconds_per_step * self.total_steps / 3600
 
     @property
+    def room(self) -> int:
+        """Bytes that the process may hold: those that it holds already, and those that are free."""
+        return self.available + sum(self.fixed[name] for name in ("program", "frozen weights", "trained weights"))
+
+    @property
     def largest_batch(self) -> int:
-        """The greatest batch_size whose peak fits into what is free now and what is held already."""
-        held = sum(self.fixed[name] for name in ("program", "frozen weights", "trained weights"))
-        return max(0, int((self.available + held - self.total_at(0)) // max(1, self.per_sequence)))
+        """The greatest batch_size whose peak fits into the room."""
+        return max(0, int((self.room - self.total_at(0)) // max(1, self.per_sequence)))
 
 
 def estimate(trainer: Trainer) -> Estimate:

@@ -229,7 +229,7 @@ def dry_run(config: FinetuneConfig) -> None:
     print("\nMemory:")
     for name, size in cost.parts.items():
         print(f"  {name:<20}{size / 2**20:>12,.1f} MB")
-    print(f"  {'together':<20}{cost.total / 2**20:>12,.1f} MB of {cost.available / 2**20:,.0f} MB free")
+    print(f"  {'together':<20}{cost.total / 2**20:>12,.1f} MB; there is room for {cost.room / 2**20:,.0f} MB")
     print(f"  largest batch_size that fits: about {cost.largest_batch}")
     if not cost.measured:
         print("  This system does not tell the peak of a part of a run, so the run may need more.")

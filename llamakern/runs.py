@@ -150,7 +150,7 @@ def engine() -> dict:
         from llamakern import _C
     except ImportError:
         return {"isa": None}
-    return {"isa": _C.isa()}
+    return {"isa": _C.isa(), "compiler": _C.compiler}
 
 
 def plot_curves(files: dict[str, Path], path: str | Path) -> bool:

@@ -39,16 +39,8 @@ print(json.dumps(peaks))
 """
 # glibc gives large blocks pages of their own, and gives them back; here "large" must begin below these few MiB.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-CONFIG = SMALL.replace(
-    dim=512,
-    n_layers=2,
-    n_heads=8,
-    n_kv_heads=8,
-    head_dim=64,
-    hidden_dim=2816,
-    vocab_size=256,
-    rope_layout="interleaved",
-)
+WIDE = {"dim": 512, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64, "hidden_dim": 2816}
+CONFIG = SMALL.replace(n_layers=1, rope_layout="interleaved", **WIDE)
 
 
 def write_all(folder, model):
@@ -69,7 +61,7 @@ def write_all(folder, model):
 def test_loading_holds_the_result_and_one_tensor(tmp_path):
     (tmp_path / "start").mkdir()
     (tmp_path / "model").mkdir()
-    starts = write_all(tmp_path / "start", Llama(CONFIG.replace(n_layers=1, hidden_dim=64)))
+    starts = write_all(tmp_path / "start", Llama(CONFIG.replace(hidden_dim=64)))
     paths = write_all(tmp_path / "model", Llama(CONFIG))
     loads = [(str(path), quantize) for quantize in (None, "nf4") for path in paths]
     command = [sys.executable, "-c", LOADS, json.dumps([[str(path) for path in starts], loads])]
@@ -80,5 +72,5 @@ def test_loading_holds_the_result_and_one_tensor(tmp_path):
         one = largest // 8 if path.endswith("bnb") else largest
         extra = (peak - result) / one
         print(f"{path}, {quantize}: {peak / 2**20:.1f} MiB = {result / 2**20:.1f} MiB + {extra:.2f} tensors")
-        assert peak > result * 0.8, path  # the measure itself works
+        assert peak > result * 0.5, path  # the measure itself works
         assert peak < result + one + 2 * 2**20, path

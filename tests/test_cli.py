@@ -172,6 +172,7 @@ def test_dry_run_shows_all_and_writes_nothing(tiny, tmp_path, capsys):
         "8 examples, 0 truncated to 64 tokens, 0 fully masked",
         "trainable parameters in 28 tensors",
         "frozen weights",
+        "MB; there is room for",
         "largest batch_size that fits: about",
         "6 steps of",
     ):

@@ -210,7 +210,11 @@ def test_which_file_of_a_folder(tmp_path, data_dir):
         ("tokenizer.json", b"[" * 100_000, r"tokenizer: .* must be a tokenizer.json, got"),
         ("tokenizer_config.json", b"[" * 100_000, r"tokenizer: .*tokenizer_config.json must hold a JSON object, got"),
         ("tokenizer_config.json", b'{"bos_token": 3}', "bos_token beside tokenizer.json must be a string, got 3"),
-        ("tokenizer_config.json", b'{"bos_token": "\\ud800"}', r"bos_token beside tokenizer.json must be a string, got"),
+        (
+            "tokenizer_config.json",
+            b'{"bos_token": "\\ud800"}',
+            r"bos_token beside tokenizer.json must be a string, got",
+        ),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):

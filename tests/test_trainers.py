@@ -3,96 +3,20 @@
 Each run is QLoRA over a tiny LLaMA of transformers: `quantize_`, PEFT's LoRA on all linears, `patch`.
 """
 
-import itertools
-
 import pytest
 import torch
+from qlora import BOTH, Recording, V, assert_same_curve, base, collate, qlora, rows, settings
 from torch import nn
 
 import llamakern
-from llamakern.nn import quantize_
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-V = 64
-SIZES = {
-    "vocab_size": V, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
-}  # fmt: skip
-BOTH = pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
-
-
-def base():
-    torch.manual_seed(1)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, attn_implementation="sdpa"))
-    with torch.no_grad():  # wide enough that attention and the MLP matter
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.mul_(4)
-    return quantize_(model)
-
-
-def lora(dropout=0.0):
-    config = {"r": 4, "lora_alpha": 8, "lora_dropout": dropout, "target_modules": "all-linear"}
-    return peft.LoraConfig(**config, task_type="CAUSAL_LM")
-
-
-def qlora(patched=False, dropout=0.0):
-    model = base()
-    torch.manual_seed(2)
-    model = peft.get_peft_model(model, lora(dropout))
-    if patched:
-        report = llamakern.patch(model)
-        assert report.replaced == {"attention": 2, "rope": 2, "norm": 5, "mlp": 2, "loss": 1, "lora": 14}, str(report)
-    return model
-
-
-def rows(n=24):
-    """Sequences of 6 to 16 tokens that count upwards; of every third a prompt of 4 is not trained."""
-    made = []
-    for i in range(n):
-        tokens = [4 + (7 * i + t) % (V - 4) for t in range(6 + (5 * i) % 11)]
-        made.append({"input_ids": tokens, "labels": [-100] * 4 + tokens[4:] if i % 3 == 0 else list(tokens)})
-    return made
-
-
-def collate(some, side="right"):
-    T = max(len(row["input_ids"]) for row in some)
-
-    def padded(values, fill):
-        rest = [fill] * (T - len(values))
-        return values + rest if side == "right" else rest + values
-
-    return {
-        "input_ids": torch.tensor([padded(row["input_ids"], 0) for row in some]),
-        "labels": torch.tensor([padded(row["labels"], -100) for row in some]),
-        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in some]),
-    }
-
-
-class Recording:
-    """A mixin for a Trainer: keeps the loss of every step, unrounded."""
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if not hasattr(self, "losses"):
-            self.losses = []
-        self.losses.append(loss.item())
-        return loss
-
 
 class HFTrainer(Recording, transformers.Trainer):
     pass
-
-
-def settings(out, **changes):
-    wanted = {
-        "output_dir": str(out), "per_device_train_batch_size": 4, "max_steps": 5, "learning_rate": 1e-2, "seed": 3,
-        "lr_scheduler_type": "linear", "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
-    }  # fmt: skip
-    return wanted | changes
 
 
 def trainer(model, out, **changes):
@@ -104,15 +28,6 @@ def curve(model, out, **changes):
     made = trainer(model, out, **changes)
     made.train()
     return torch.tensor(made.losses)
-
-
-def assert_same_curve(a, b):
-    """float32 in another order of summation, over a few steps of training."""
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# transformers.Trainer
 
 
 @pytest.mark.parametrize(
@@ -208,110 +123,6 @@ def test_the_gate_watches_the_trainer(tmp_path, patched):
     llamakern.check_training(made.model, made.create_optimizer())
     with pytest.raises(llamakern.gate.GateError, match=r"zeros: \S+extra\.weight, \S+extra\.bias;"):
         made.train()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# TRL
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3} | {f"w{i}": i for i in range(4, V)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def words(tokens):
-    return " ".join(f"w{t}" for t in tokens)
-
-
-def sft(model, tokenizer, out, records, peft_config=None, **changes):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-
-    class SFT(Recording, trl.SFTTrainer):
-        pass
-
-    arguments = trl.SFTConfig(**settings(out, **{"max_length": 24, "bf16": False} | changes))
-    data = datasets.Dataset.from_list(records)
-    return SFT(model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
-
-
-TEXTS = [{"text": words(row["input_ids"])} for row in rows()]
-ANSWERS = [{"prompt": words(row["input_ids"][:4]), "completion": " " + words(row["input_ids"][4:])} for row in rows()]
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("records", "changes"),
-    [
-        (TEXTS, {}),
-        (TEXTS, {"packing": True, "per_device_train_batch_size": 2}),
-        (ANSWERS, {"gradient_checkpointing": True}),
-    ],
-    ids=["text", "packed", "completion"],
-)
-def test_sft_has_the_same_loss_curve(tmp_path, tokenizer, records, changes):
-    changes = {"gradient_checkpointing": False} | changes
-    curves = []
-    for patched in (False, True):
-        made = sft(qlora(patched), tokenizer, tmp_path, records, **changes)
-        made.train()
-        curves.append(torch.tensor(made.losses))
-    assert_same_curve(*curves)
-    assert curves[1][-1] < curves[1][0]
-
-
-@pytest.mark.filterwarnings("ignore")
-@BOTH
-def test_packed_sequences_see_only_themselves(tmp_path, tokenizer, patched):
-    """TRL packs by "bfd" into one row without attention_mask: restarting position_ids tell the sequences apart."""
-    made = sft(qlora(patched), tokenizer, tmp_path, TEXTS, packing=True, per_device_train_batch_size=2)
-    batch = next(iter(made.get_train_dataloader()))
-    tokens, positions = batch["input_ids"], batch["position_ids"]
-    assert "attention_mask" not in batch
-    assert tokens.shape[0] == 1
-    starts = [*(positions[0] == 0).nonzero().flatten().tolist(), tokens.shape[1]]
-    assert len(starts) > 3
-    model = made.model.eval()
-    with torch.no_grad():
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        packed = model(**inputs, use_cache=False).logits[0]
-        for a, b in itertools.pairwise(starts):
-            alone = model(input_ids=tokens[:, a:b], use_cache=False).logits[0]
-            torch.testing.assert_close(packed[a:b], alone, rtol=1e-4, atol=1e-4)
-    # what completes a sequence is trained, its first token is not: no sequence predicts the next one's start
-    assert (batch["labels"][0, starts[:-1]] == -100).all()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_only_completions_train(tmp_path, tokenizer):
-    made = sft(qlora(True), tokenizer, tmp_path, ANSWERS)
-    batch = next(iter(made.get_train_dataloader()))
-    trained = batch["labels"] != -100
-    assert not trained[:, :4].any()
-    assert (batch["labels"][trained] == batch["input_ids"][trained]).all()
-    assert ((batch["labels"] == tokenizer.eos_token_id).sum(1) == 1).all()
-    loss = made.compute_loss(made.model, dict(batch))
-    theirs = qlora()(**batch).loss
-    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_sft_patched_after_it_was_made(tmp_path, tokenizer):
-    """TRL wraps the model by peft_config and binds a forward of its own for its loss: patch replaces all but that."""
-    plain, late = (sft(base(), tokenizer, tmp_path, TEXTS, peft_config=lora(), max_steps=3) for _ in range(2))
-    late.model.load_state_dict(plain.model.state_dict())
-    report = llamakern.patch(late.model)
-    assert report.replaced == {"attention": 2, "rope": 2, "norm": 5, "mlp": 2, "lora": 14}, str(report)
-    assert "trl" in report.kept["loss"]
-    for made in (plain, late):
-        made.train()
-    assert_same_curve(torch.tensor(late.losses), torch.tensor(plain.losses))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
