@@ -194,7 +194,8 @@ def main():
         print(f"{name:21s} {speed} {run['memory_mb']:7.0f} MB  {losses}")
     print(f"\nverify: bitsandbytes, and patched\n{checked['table']}")
     if args.json:
-        row = {"shape": f"QLoRA {shape}", "ms": {name: run["ms"] for name, run in found.items()}}
+        label = f"QLoRA C={shape.C} {shape.layers} layers V={shape.V} B={shape.B} T={shape.T} bfloat16"
+        row = {"shape": label, "ms": {name: run["ms"] for name, run in found.items()}}
         row |= {"flops": shape.flops(), "bytes": 0, "error": None, "runs": found, "verify": checked}
         args.json.write_text(json.dumps({"title": "transformers", "machine": machine(), "rows": [row]}, indent=1))
 

@@ -109,10 +109,10 @@ def verify(
     element. The loss is one number, in which errors cancel by luck; its noise is the mean over the trained tokens of
     the change of each token's loss.
 
-    Each model runs in the mode it is in, training or evaluation, with every dropout set to 0. Parameters, their .grad,
-    modes, dropout and torch's generators are left as they were. The gradients and logits of two runs are in memory at a
-    time. Raises ValueError for a batch without labels, or with padding that this package's models cannot be told of;
-    TypeError for a batch of another kind.
+    Both models run in training mode, as that is what computes gradients, with every dropout set to 0. Parameters, their
+    .grad, modes, dropout and torch's generators are left as they were. The gradients and logits of two runs are in
+    memory at a time. Raises ValueError for a batch without labels, or with padding that this package's models cannot be
+    told of; TypeError for a batch of another kind.
     """
     batch = as_mapping(batch)
     with torch.random.fork_rng():
@@ -156,7 +156,7 @@ def run(model: nn.Module, batch: dict) -> Run:
     torch.manual_seed(0)
     trainable = {shared_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.grad for name, p in trainable.items()}
-    with torch.enable_grad(), without_dropout(model):
+    with torch.enable_grad(), training_without_dropout(model):
         try:
             for p in trainable.values():
                 p.grad = None
@@ -261,10 +261,11 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """For the moment every dropout of the model is 0: the masks of two implementations are never the same."""
+def training_without_dropout(model: nn.Module) -> Iterator[None]:
+    """For the moment the model trains, and every dropout is 0: the masks of two implementations are never the same."""
     with ExitStack() as stack:
         for m in model.modules():
+            stack.enter_context(replaced(m, "training", True))
             names = ("p",) if isinstance(m, nn.modules.dropout._DropoutNd) else ("dropout", "attention_dropout")
             for name in names:
                 if isinstance(getattr(m, name, None), float):

@@ -103,25 +103,19 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Gate:
 
     Returns the gate: `close()` it after a run shorter than five steps, or to take it off.
     Raises GateError, naming the tensors (tied ones by all their names): at once for parameters that train but are not
-    in the optimizer, or are in it but require no gradient; else from the step that ends the watch. ValueError for a
-    model without trainable parameters, TypeError for what is not an optimizer.
+    in the optimizer, else from the step that ends the watch. Frozen parameters in the optimizer do no harm. ValueError
+    for a model without trainable parameters, TypeError for what is not an optimizer.
     """
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"check_training: optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-    names = all_names(model)
-    trainable = {name: p for name, p in names.items() if p.requires_grad}
+    trainable = {name: p for name, p in all_names(model).items() if p.requires_grad}
     if not trainable:
         raise ValueError("check_training: model must have a trainable parameter, got none")
-    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    frozen = [name for name, p in names.items() if id(p) in held and not p.requires_grad]
-    faults = {
-        "not in the optimizer": [name for name, p in trainable.items() if id(p) not in held],
-        "in the optimizer without requiring a gradient": frozen,
-    }
-    if any(faults.values()):
-        raise GateError(f"gate: the optimizer must hold every trainable tensor and no other, got {described(faults)}")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if missing := [name for name, p in trainable.items() if id(p) not in held]:
+        raise GateError(f"gate: the optimizer must hold every trainable tensor, got none of {listed(missing)}")
     gate = Gate(trainable)
     gate.attach(optimizer)
     return gate

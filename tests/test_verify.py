@@ -129,6 +129,20 @@ def test_the_models_are_left_as_they_were(dtype):
         assert t.untyped_storage().data_ptr() == values[name][2]
 
 
+def test_models_in_evaluation_are_compared_as_they_train():
+    model = with_lora(tiny()).eval()
+
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return x * 2 if self.training else x
+
+    other = with_lora(tiny())
+    other.norm = nn.Sequential(other.norm, Wrong())
+    other.eval()
+    assert not llamakern.verify(model, other, tokens()).ok
+    assert not any(m.training for m in other.modules())
+
+
 def test_left_as_it_was_after_an_error_too():
     model = with_lora(tiny(torch.bfloat16))
     with pytest.raises(IndexError):

@@ -12,8 +12,10 @@
 
 namespace llamakern {
 
-LK_HD void rope_rotate(float& a, float& b, float cos, float sin) {
-  const float a0 = a, b0 = b;
+// V is float or a vector of them.
+template <typename V>
+LK_HD void rope_rotate(V& a, V& b, V cos, V sin) {
+  const V a0 = a, b0 = b;
   a = a0 * cos - b0 * sin;
   b = a0 * sin + b0 * cos;
 }

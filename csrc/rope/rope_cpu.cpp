@@ -2,18 +2,28 @@
 #include "rope.h"
 
 #include "../common/parallel.h"
+#include "../common/vec.h"
 
 namespace llamakern::LK_ISA {
 
 template <typename T>
-static void turn(T* y, const T* x, const float* cos, const float* sin, float sign, int64_t half, int64_t to_b,
-                 int64_t step) {
+static void turn_halves(T* y, const T* x, const float* cos, const float* sin, float sign, int64_t half) {
+  for_vectors(half, [=](int64_t i, auto n) {
+    Vec a = load(x + i, n), b = load(x + half + i, n);
+    rope_rotate(a, b, load(cos + i, n), load(sin + i, n) * sign);
+    store(y + i, a, n);
+    store(y + half + i, b, n);
+  });
+}
+
+template <typename T>
+static void turn_neighbours(T* y, const T* x, const float* cos, const float* sin, float sign, int64_t half) {
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
-    float a = to_float(x[i * step]), b = to_float(x[i * step + to_b]);
+    float a = to_float(x[2 * i]), b = to_float(x[2 * i + 1]);
     rope_rotate(a, b, cos[i], sign * sin[i]);
-    y[i * step] = from_float<T>(a);
-    y[i * step + to_b] = from_float<T>(b);
+    y[2 * i] = from_float<T>(a);
+    y[2 * i + 1] = from_float<T>(b);
   }
 }
 
@@ -31,9 +41,9 @@ static void rope(const Rope<T>& p) {
         const T* x = p.x + b * p.x_batch + t * p.x_token + h * p.x_head;
         T* y = p.y + (bt * p.H + h) * p.D;
         if (p.interleaved)
-          turn(y, x, cos, sin, p.sign, half, 1, 2);
+          turn_neighbours(y, x, cos, sin, p.sign, half);
         else
-          turn(y, x, cos, sin, p.sign, half, half, 1);
+          turn_halves(y, x, cos, sin, p.sign, half);
       }
     }
   });
