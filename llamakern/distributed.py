@@ -75,9 +75,13 @@ def join(device: torch.device) -> World:
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all, known before `join` too."""
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank() if joined else int(os.environ.get("RANK", "0"))) == 0
+    """Whether this process speaks and writes for all, known before `join` too. A RANK that torchrun did not set is
+    no one's word: such a process is alone."""
+    if not dist.is_available():
+        return True
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

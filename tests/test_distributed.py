@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llamakern import peft
 from llamakern.runs import RunFolder
 from llamakern.train import TrainConfig
 
@@ -161,6 +162,12 @@ def test_another_number_of_processes_is_refused(two):
 def test_parallel_must_be_known():
     with pytest.raises(ValueError, match=r"train: parallel must be one of \['ddp', 'fsdp2'\], got 'tp'"):
         TrainConfig(parallel="tp")
+
+
+def test_a_rank_of_no_job_does_not_silence_a_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    peft.save(jobs.qlora(), tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("kind", jobs.KINDS)
