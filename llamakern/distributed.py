@@ -7,7 +7,7 @@ the order of summation the loss, of the same step in one process. One process al
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -151,6 +151,11 @@ def accumulating(wrapped: nn.Module, last: bool) -> Iterator[None]:
     if hasattr(wrapped.model, "set_requires_gradient_sync"):
         wrapped.model.set_requires_gradient_sync(last)
     yield
+
+
+def unused(wrapped: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of the parameters that a first backward did not reach, for which DistributedDataParallel waits in vain."""
+    return [name for name, p in trainable.items() if p.grad is None] * isinstance(wrapped, DistributedDataParallel)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch.distributed.fsdp
 from llamakern import peft
 from llamakern.config import LlamaConfig
 from llamakern.data import Example
+from llamakern.gate import GateError
 from llamakern.model import Llama
 from llamakern.nn import quantize_
 from llamakern.train import TrainConfig, Trainer
@@ -143,6 +144,17 @@ def gate(folder: Path, kind: str) -> None:
         trainer.train()
     except RuntimeError as error:
         (folder / f"{kind}-gate-{trainer.world.rank}.txt").write_text(str(error))
+
+
+def stray(folder: Path, kind: str) -> None:
+    """A parameter that no loss reaches: the gate must name it, before DDP gives up on it."""
+    model = qlora()
+    model.stray = torch.nn.Parameter(torch.ones(4))
+    trainer = Trainer(model, examples(), TrainConfig(**BASE | {"parallel": kind}), quiet=True)
+    try:
+        trainer.train()
+    except GateError as error:
+        (folder / f"{kind}-stray-{trainer.world.rank}.txt").write_text(str(error))
 
 
 def do(folder: Path, jobs: str) -> None:

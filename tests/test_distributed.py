@@ -48,7 +48,7 @@ def two(tmp_path_factory, tiny):
     pairs["wrapped"] = "0 0"
     for kind in jobs.KINDS:
         pairs[f"killed:{kind}"] = "-9 -9"
-        names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate", "thin")]
+        names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate", "stray", "thin")]
         pairs[",".join([*names, f"finetune:{tiny}:{kind}"])] = "0 0"
     done = python(SCRIPT, folder, *pairs)
     for name, codes in pairs.items():
@@ -127,6 +127,12 @@ def test_the_gate_sees_every_tensor(two, kind):
         message = (two / f"{kind}-gate-{rank}.txt").read_text()
         name = "layers.0.mlp.down_proj.lora_a"
         assert message.endswith(f"of zeros: {name}; no change: {name}"), message
+
+
+@pytest.mark.parametrize("kind", jobs.KINDS)
+def test_the_gate_names_what_no_loss_reaches(two, kind):
+    for rank in range(2):
+        assert ": stray" in (two / f"{kind}-stray-{rank}.txt").read_text()
 
 
 @pytest.mark.parametrize("loop", LOOPS)
