@@ -205,6 +205,8 @@ def pair(folder: Path, jobs: str) -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "loops:transformers_trainer" in sys.argv:
+        import test_trainers  # noqa: F401  which loads transformers, for both processes
     for jobs in sys.argv[2:]:
         if dist.is_torchelastic_launched():
             do(Path(sys.argv[1]), jobs)
