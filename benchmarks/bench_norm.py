@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from timing import Rotating, Table, relative_error
+from timing import DTYPES, Rotating, Table, relative_error
 
 from llamakern import ops
 from llamakern.ops.norm import rms_norm_reference
@@ -33,7 +33,7 @@ def main():
         "F.rms_norm": lambda x, residual, w: F.rms_norm(x + residual, w.shape, w, EPS),
         "hugging_face": lambda x, residual, w: hugging_face(x + residual, w),
     }
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         for name, (M, C) in SHAPES.items():
             size = M * C * dtype.itemsize
             w = (1 + 0.1 * torch.randn(C)).to(dtype)

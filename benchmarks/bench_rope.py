@@ -1,7 +1,7 @@
 """RoPE against the plain-PyTorch reference and against the rotate_half that Hugging Face models use."""
 
 import torch
-from timing import Rotating, Table, relative_error
+from timing import DTYPES, Rotating, Table, relative_error
 
 from llamakern import ops
 from llamakern.ops.rope import rope_reference
@@ -28,7 +28,7 @@ def rotate_half(q, k, cos, sin):
 
 def main():
     table = Table("rope")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         for name, (B, T, H, Hkv, D) in SHAPES.items():
             inputs = Rotating(
                 lambda: (torch.randn(B, T, H, D).to(dtype), torch.randn(B, T, Hkv, D).to(dtype)),  # noqa: B023

@@ -1,7 +1,7 @@
 """SwiGLU against F.silu(gate) * up, forward and backward."""
 
 import torch
-from timing import Rotating, Table, relative_error
+from timing import DTYPES, Rotating, Table, relative_error
 
 from llamakern import ops
 from llamakern.ops.swiglu import swiglu_reference
@@ -17,7 +17,7 @@ SHAPES = {
 def main():
     table = Table("swiglu")
     contestants = {"ours": ops.swiglu, "F.silu(gate)*up": swiglu_reference}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         for name, (M, F) in SHAPES.items():
             size = M * F * dtype.itemsize
             inputs = Rotating(lambda: tuple(torch.randn(M, F).to(dtype) for _ in range(3)), bytes_each=3 * size)  # noqa: B023

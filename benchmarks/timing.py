@@ -12,6 +12,8 @@ import torch
 
 from llamakern import _C
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def race(contestants, *, seconds=1.0, at_least=5):
     """{name: fn} -> {name: median seconds}. The contestants take turns, so that a slow moment hits all alike."""
