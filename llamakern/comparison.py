@@ -35,10 +35,11 @@ class Row(NamedTuple):
 
     @property
     def share(self) -> float:
-        """How much of what is allowed the difference takes, for its worst or its mean, whichever is more."""
+        """How much of what is allowed the difference takes, for its worst or its mean; nan if not all are finite."""
+        if not all(map(math.isfinite, self)):
+            return math.nan
         pairs = ((self.worst, WORST * self.noise_worst), (self.mean, MEAN * self.noise_mean))
-        shares = [x / limit if limit > 0 else x * math.inf if x else 0.0 for x, limit in pairs]
-        return math.nan if any(map(math.isnan, shares)) else max(shares)
+        return max(x / limit if limit > 0 else x * math.inf if x else 0.0 for x, limit in pairs)
 
 
 @dataclass
@@ -95,8 +96,8 @@ def verify(
     """Compare two models that should compute the same: logits, loss and the gradient of every trainable tensor.
 
     a, b    transformers' models (PEFT's too) or this package's. b may also be a function that is called with `a` and
-            changes it in place: `verify(model, llamakern.patch, batch)` leaves the model patched. LoRA's A has no
-            gradient while B is 0, so fill B, or compare after some steps.
+            changes it in place, or returns another model: `verify(model, llamakern.patch, batch)` leaves the model
+            patched. LoRA's A has no gradient while B is 0, so fill B, or compare after some steps.
     batch   a dict as transformers' models take it (input_ids (B, T), labels (B, T), which the model shifts itself,
             attention_mask, position_ids), a `llamakern.data.Batch`, or tokens (B, T) alone, all of them trained.
             Each model gets it in its own form; a label at the last position of a Batch's row has no place in
@@ -111,8 +112,8 @@ def verify(
 
     Both models run in training mode, as that is what computes gradients, with every dropout set to 0. Parameters, their
     .grad, modes, dropout and torch's generators are left as they were. The gradients and logits of two runs are in
-    memory at a time. Raises ValueError for a batch without labels, or with padding that this package's models cannot be
-    told of; TypeError for a batch of another kind.
+    memory at a time. Raises ValueError for a batch without labels, of padding alone, or with padding that this
+    package's models cannot be told of; TypeError for a batch of another kind.
     """
     batch = as_mapping(batch)
     with torch.random.fork_rng():
@@ -125,8 +126,8 @@ def verify(
         noise["loss"] = (token_loss_change(own.logits, other.logits, batch),) * 2
         del other
         if not isinstance(b, nn.Module):
-            b(a)
-            b = a
+            made = b(a)
+            b = made if isinstance(made, nn.Module) else a
         theirs = run(b, batch)
     shared = [name for name in own.gradients if name in theirs.gradients]
     found = compare(own, theirs, shared)
@@ -207,6 +208,8 @@ def as_mapping(batch) -> dict[str, Tensor]:
     for name in ("input_ids", "labels"):
         if batch.get(name) is None:
             raise ValueError(f"verify: batch must hold input_ids and labels, got {sorted(batch)}")
+    if batch.get("attention_mask") is not None and not batch["attention_mask"].any():
+        raise ValueError("verify: batch must hold a token that is not padding, got none")
     return dict(batch)
 
 

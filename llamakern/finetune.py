@@ -201,8 +201,9 @@ def find_tokenizer(name: str | None, base: str) -> Tokenizer:
     """The tokenizer of that file or folder; by default the base's, which may have none."""
     if name:
         return load_tokenizer(source_path(name))
+    folder = base_folder(base)
     try:
-        return load_tokenizer(base_folder(base))
+        return load_tokenizer(folder)
     except FileNotFoundError as error:
         inside = " (that inside a .gguf is not read)" if str(base).endswith(".gguf") else ""
         raise FileNotFoundError(f"{error}; name its file or folder with --tokenizer{inside}") from None

@@ -39,6 +39,7 @@ class Gate:
             return
         self.seen += 1
         gradients = {name: p.grad for name, p in self.trainable.items() if p.grad is not None}
+        gradients = {name: grad._values() if grad.is_sparse else grad for name, grad in gradients.items()}
         if bad := [name for name, grad in gradients.items() if not whole(torch.isfinite(grad).all())]:
             self.finish({"a gradient that is not finite": bad})
         # moving is not enough: weight decay alone moves a tensor
@@ -53,13 +54,13 @@ class Gate:
         self.detach()
 
     def judge(self) -> None:
-        still = [name for name, p in self.trainable.items() if torch.equal(self.start[name], p)]
-        self.finish(
-            {
-                "no gradient, or one of zeros": [name for name in self.trainable if name not in self.received],
-                "no change": still,
-            }
-        )
+        faults = {"no gradient, or one of zeros": [name for name in self.trainable if name not in self.received]}
+        for name, p in self.trainable.items():
+            if torch.equal(self.start[name], p):
+                rounded = name in self.received and p.dtype.itemsize < 4
+                why = f" ({str(p.dtype).removeprefix('torch.')} rounds small steps away)" if rounded else ""
+                faults.setdefault(f"no change{why}", []).append(name)
+        self.finish(faults)
 
     def finish(self, faults: Mapping[str, list[str]]) -> None:
         self.judged, self.start = True, {}

@@ -372,3 +372,12 @@ def test_a_base_without_tokenizer_says_how_to_give_one(tiny, tmp_path, capsys):
         error = capsys.readouterr().err
         assert "got none; name its file or folder with --tokenizer\n" in error
         assert error.count("\n") == 1
+
+
+def test_a_base_that_is_not_there_is_not_a_missing_tokenizer(tiny, tmp_path, capsys):
+    missing = str(tmp_path / "none")
+    for argv in (words(tiny, tmp_path, f"--base={missing}"), ["generate", missing, "--prompt", "a"]):
+        assert main(argv) == 1
+        error = capsys.readouterr().err
+        assert f"got {missing!r}" in error
+        assert "--tokenizer" not in error

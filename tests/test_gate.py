@@ -70,6 +70,29 @@ def test_an_unused_parameter_is_named(decay):
     step(net, optimizer)  # it has judged: the hooks are gone
 
 
+def test_a_gradient_of_zeros_is_none():
+    """Weight decay moves the tensor all the same."""
+    net = Net()
+    optimizer = adamw(net, weight_decay=0.1)
+    llamakern.check_training(net, optimizer)
+    use = net.forward
+    net.forward = lambda x: use(x) + 0 * net.extra.weight.sum()
+    with pytest.raises(GateError, match=r"no gradient, or one of zeros: extra\.weight$"):
+        train(net, optimizer)
+
+
+def test_steps_that_bfloat16_rounds_away_are_named_so():
+    net = without_extra()
+    net.also.bfloat16()
+    with torch.no_grad():
+        net.also.weight.fill_(1.0)
+    net.used.register_forward_hook(lambda module, args, y: y.bfloat16())
+    optimizer = adamw(net, lr=1e-5, weight_decay=0.0)
+    llamakern.check_training(net, optimizer)
+    with pytest.raises(GateError, match=r"got no change \(bfloat16 rounds small steps away\): also\.weight$"):
+        train(net, optimizer)
+
+
 def test_a_tensor_of_a_group_without_learning_rate_is_named():
     net = without_extra()
     optimizer = torch.optim.AdamW([{"params": net.used.parameters()}, {"params": net.also.parameters(), "lr": 0.0}])
@@ -115,6 +138,21 @@ def test_steps_skipped_by_a_grad_scaler_do_not_count(fused):
         scaler.update()
         optimizer.zero_grad()
     assert gate.judged
+
+
+def test_sparse_gradients_are_looked_into():
+    table = nn.Embedding(10, 4, sparse=True)
+    optimizer = torch.optim.SparseAdam(table.parameters(), lr=0.1)
+    gate = llamakern.check_training(table, optimizer)
+    for _ in range(STEPS):
+        table(torch.tensor([1, 2, 1])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert gate.judged
+    gate = llamakern.check_training(table, optimizer)
+    (table(torch.tensor([1, 2])).sum() * torch.inf).backward()
+    with pytest.raises(GateError, match="not finite"):
+        optimizer.step()
 
 
 def test_accumulated_gradients_are_one_step():

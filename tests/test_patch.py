@@ -40,6 +40,16 @@ def test_long_positions_keep_their_angles_in_float32():
     assert cos.dtype == sin.dtype == torch.float32
 
 
+def test_each_row_has_positions_of_its_own():
+    given = batch() | {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8], [3, 5, 9, 10, 14, 20, 21, 33, 40]])}
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()  # given, since jumps of positions would part a row
+    given |= {"use_cache": False, "attention_mask": causal.expand(2, 1, 9, 9)}
+    model = make()
+    expected, truth = step(model, given), step(make().double(), given)
+    patch(model)
+    assert_step_as_good(step(model, given), expected, truth)
+
+
 def test_report_counts_what_was_replaced():
     report = llamakern.patch(make())
     assert report.replaced == ALL
@@ -160,9 +170,10 @@ def test_one_token_sees_the_whole_cache():
     torch.testing.assert_close(y, expected.transpose(1, 2), atol=1e-6, rtol=1e-6)
 
 
-def test_mask_longer_than_the_keys():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_mask_longer_than_the_keys(dtype):
     q, k, v = heads(T=2, S=4)
-    mask = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 0, 1, 1, 1, 1]], dtype=torch.bool).expand(2, 1, 2, 6)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 0, 1, 1, 1, 1]], dtype=dtype).expand(2, 1, 2, 6)
     y, _ = room.attention_forward(ATTENTION, q, k, v, mask)
     expected, _ = room.attention_forward(ATTENTION, q, k, v, mask[..., :4])
     assert_same_bits(y, expected)

@@ -108,6 +108,25 @@ def test_gradients_flow_through_late_logits_too():
         torch.testing.assert_close(ours, eager, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_late_logits_are_those_of_the_autocast_around_the_call(dtype):
+    outputs = []
+    for model in (patched(dtype=dtype), make(dtype=dtype)):
+        with torch.autocast("cpu", torch.float16):
+            outputs.append(model(**batch()))
+    assert outputs[0].logits.dtype == outputs[1].logits.dtype == torch.float16
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=2e-2, rtol=0)
+
+
+def test_late_logits_of_a_head_that_has_moved_are_refused():
+    model = patched()
+    out = model(**batch())
+    out.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="logits must be read before the optimizer's step"):
+        _ = out.logits
+
+
 def test_autocast_narrows_the_head_as_any_linear(monkeypatch):
     seen, op = [], ops.linear_cross_entropy
     monkeypatch.setattr(ops, "linear_cross_entropy", lambda h, w, *a, **k: (seen.append((h, w)), op(h, w, *a, **k))[1])

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 import transformers
 from compare import assert_same_bits
 from patching import assert_step_as_good, batch, make, step
+from transformers.models.llama import modeling_llama as hf
 
 from llamakern.integrations.transformers import patch, unpatch
 
@@ -105,6 +106,73 @@ def test_forwards_of_others_are_not_touched():
     assert not model.eval()(**batch()).logits.any()
     unpatch(model)
     assert "forward" in vars(norm)
+
+
+def doubled(original):
+    """A forward or rope whose tensors, or whose loss, are twice those of the original."""
+
+    @functools.wraps(original)
+    def call(*args, **kwargs):
+        out = original(*args, **kwargs)
+        if isinstance(out, dict):
+            out["loss"] = out["loss"] * 2
+            return out
+        return tuple(2 * t for t in out) if isinstance(out, tuple) else 2 * out
+
+    return call
+
+
+CHANGED = {"LlamaRMSNorm": "norm", "LlamaMLP": "mlp", "LlamaForCausalLM": "loss", "apply_rotary_pos_emb": "rope"}
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "bare"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_another_program_has_put_into_the_classes_stays(name, wrapped, monkeypatch):
+    owner, attribute = (hf, name) if CHANGED[name] == "rope" else (getattr(hf, name), "forward")
+    changed = doubled(getattr(owner, attribute))
+    if not wrapped:
+        del changed.__wrapped__
+    monkeypatch.setattr(owner, attribute, changed)
+    model = make()
+    expected = step(model, batch())
+    report = patch(model)
+    assert CHANGED[name] not in report.replaced
+    assert CHANGED[name] in report.kept
+    torch.testing.assert_close(step(model, batch())["loss"], expected["loss"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["lora_A.default", "lora_B.default", "lora_dropout.default", "base_layer"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_inside_a_layer_are_called(part, kind):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make(), peft.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear"))
+    patch(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    calls = []
+    getattr(layer.get_submodule(part), f"register_{kind}_hook")(lambda *_: calls.append(part))
+    step(model, batch())
+    assert calls == [part]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before patch", "after patch"])
+def test_adaption_prompts_in_bfloat16(before):
+    peft = pytest.importorskip("peft")
+
+    def made(dtype):
+        torch.manual_seed(1)
+        config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
+        model = peft.get_peft_model(make(torch.bfloat16), config)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.normal_(std=0.5)
+        return model.to(dtype)
+
+    eager, truth = step(made(torch.bfloat16), batch()), step(made(torch.float64), batch())
+    model = made(torch.bfloat16)
+    if before:
+        patch(model.base_model)
+    assert "adaption prompts" in patch(model).kept["rope"]
+    assert_step_as_good(step(model, batch()), eager, truth)
 
 
 def test_a_wrapper_put_around_ours_stays_and_falls_quiet():

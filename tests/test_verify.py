@@ -162,6 +162,18 @@ def test_a_function_changes_the_first_model():
     assert not llamakern.verify(model, worsen, tokens()).ok
 
 
+def test_a_function_may_return_another_model():
+    def other(model):
+        made = copy.deepcopy(model)
+        with torch.no_grad():
+            made.layers[1].mlp.up_proj.lora_b.mul_(3)
+        return made
+
+    model = with_lora(tiny())
+    assert not llamakern.verify(model, other, tokens()).ok
+    assert llamakern.verify(model, lambda same: same, tokens()).within(0.0)
+
+
 def test_tensors_that_one_model_lacks_are_listed():
     model, other = with_lora(tiny()), with_lora(tiny())
     other.layers[0].mlp.up_proj.lora_a.requires_grad_(False)
@@ -260,9 +272,10 @@ def test_the_limits(row, share):
     assert Row(*row).share == share
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("bad", range(4))
-def test_nan_is_beyond_every_limit(bad):
-    row = Row(*(torch.nan if i == bad else 1.0 for i in range(4)))
+def test_what_is_not_finite_is_beyond_every_limit(bad, value):
+    row = Row(*(value if i == bad else 1.0 for i in range(4)))
     assert not row.share <= 1
     rows = {f"small{i}": Row(i / 100, 0, 1, 1) for i in range(20)} | {"bad": row}
     shown = str(Comparison(Row(0, 0, 1, 1), Row(0, 0, 1, 1), rows, (1.0, 1.0), torch.bfloat16)).splitlines()
@@ -274,6 +287,11 @@ def test_nan_is_beyond_every_limit(bad):
     ("batch", "error", "message"),
     [
         ({"input_ids": tokens()}, ValueError, r"verify: batch must hold input_ids and labels, got \['input_ids'\]"),
+        (
+            {"input_ids": tokens(), "labels": tokens(), "attention_mask": torch.zeros_like(tokens())},
+            ValueError,
+            "verify: batch must hold a token that is not padding, got none",
+        ),
         ([1, 2, 3], TypeError, "verify: batch must be a dict, a Batch or tokens, got list"),
     ],
 )

@@ -1,7 +1,7 @@
 """LLaMA's modules on llamakern's ops, as `forward` functions to bind to transformers' own instances.
 
 A class of transformers is taken for LLaMA's where the code of its forward is: then Mistral's and Qwen2's copies are
-too, and whatever differs by one instruction is not.
+too, and whatever differs by one instruction is not. Nor is LLaMA's own class, once another program has changed it.
 """
 
 import inspect
@@ -16,6 +16,7 @@ from llamakern import ops
 
 # Their forwards ask AttentionInterface for nothing but a scale and a mask.
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
+WRITERS = ("transformers", "transformers_modules", "torch")  # whose functions and decorators a forward may be made of
 
 
 def norm_forward(self, hidden_states: Tensor) -> Tensor:  # (..., C)
@@ -59,9 +60,29 @@ def is_silu(act: Callable) -> bool:
     return isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody counts on the module being called: it has hooks or a forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 def same_code(cls: type, model: type) -> bool:
     """Whether the forward of cls does instruction by instruction what that of `model`, a class of LLaMA, does."""
-    return fingerprint(cls.forward) == fingerprint(model.forward)
+    return same_function(cls.forward, model.forward)
+
+
+def same_function(fn: Callable, reference: Callable) -> bool:
+    """Whether two functions have the same code, and that of transformers: no program has put its own in their place."""
+    return all(map(is_original, (fn, reference))) and fingerprint(fn) == fingerprint(reference)
+
+
+def is_original(fn: Callable) -> bool:
+    """Whether transformers or torch have written a function and every decorator around it."""
+    while isinstance(fn, FunctionType) and fn.__globals__.get("__name__", "").partition(".")[0] in WRITERS:
+        if not hasattr(fn, "__wrapped__"):
+            return True
+        fn = fn.__wrapped__
+    return False
 
 
 def fingerprint(fn: Callable) -> tuple:
@@ -75,12 +96,8 @@ def fingerprint(fn: Callable) -> tuple:
 def same_rope(cls: type) -> bool:
     """Whether an attention class turns queries and keys by a function that does what LLaMA's does."""
     module = inspect.unwrap(cls.forward).__globals__
-    rope, reference = module.get("apply_rotary_pos_emb"), hf.apply_rotary_pos_emb
-    half, reference_half = module.get("rotate_half"), hf.rotate_half
-    return all(
-        isinstance(a, FunctionType) and fingerprint(a) == fingerprint(b)
-        for a, b in ((rope, reference), (half, reference_half))
-    )
+    parts = ("apply_rotary_pos_emb", "rotate_half")
+    return is_original(cls.forward) and all(same_function(module.get(name), getattr(hf, name)) for name in parts)
 
 
 def with_global(fn: FunctionType, name: str, value: object) -> FunctionType:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llamakern import ops
+from llamakern.integrations.transformers.llama import is_watched
 from llamakern.nn import NF4Linear
 from llamakern.ops._door import autocast_dtype
 
@@ -69,11 +70,13 @@ def why_not(layer: nn.Module) -> str | None:
         return "its lora_A or lora_B is no plain Linear"
     if not isinstance(layer.lora_dropout[name], nn.Dropout | nn.Identity):
         return f"its dropout is {type(layer.lora_dropout[name]).__name__}"
+    if any(is_watched(part[name]) for part in (layer.lora_A, layer.lora_B, layer.lora_dropout)):
+        return "its lora_A, lora_B or dropout has hooks or a forward of its own"
     return why_not_base(layer.base_layer)
 
 
 def why_not_base(base: nn.Module) -> str | None:
-    if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
+    if is_watched(base):
         return "its base layer has hooks or a forward of its own"
     if type(base) is nn.Linear or type(base) is NF4Linear:
         return None

@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llamakern import ops
+from llamakern.integrations.transformers.llama import is_watched
 from llamakern.ops._door import autocast_dtype
 
 STATE = "_llamakern"  # what `patch` keeps on a model: its attention before, and whether the loss is fused
@@ -87,9 +88,26 @@ def with_fused_loss(cls: type[nn.Module]) -> Callable:
         fields = {key: outputs.get(key) for key in ("past_key_values", "hidden_states", "attentions")}
         if torch.compiler.is_compiling():
             return CausalLMOutputWithPast(loss=loss, **fields)
-        return LateLogits(loss=loss, late=functools.partial(self.lm_head, h), **fields)
+        return LateLogits(loss=loss, late=later(self.lm_head, h), **fields)
 
     return forward
+
+
+def later(head: nn.Linear, h: Tensor) -> Callable[[], Tensor]:
+    """The logits of h as the head gives them now, whenever asked for; RuntimeError once a step has moved it."""
+    dtype, weight = autocast_dtype(h), head.weight
+    version = weight._version
+
+    def logits() -> Tensor:
+        if weight._version != version:
+            raise RuntimeError(
+                "patch: logits must be read before the optimizer's step, got a changed lm_head; "
+                "patch(model, loss=False) computes them at once"
+            )
+        with torch.autocast(h.device.type, dtype=dtype, enabled=dtype is not None):
+            return head(h)
+
+    return logits
 
 
 def wanted(model: nn.Module, kwargs: dict) -> bool:
@@ -113,7 +131,7 @@ def why_not(model: nn.Module) -> str | None:
         return f"lm_head is {type(head).__name__}, not a plain Linear"
     if head.bias is not None:
         return "lm_head has a bias"
-    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+    if is_watched(head):
         return "lm_head has hooks or a forward of its own"
     if model.loss_function is not ForCausalLMLoss:
         return f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"

@@ -92,6 +92,8 @@ def patch_rope(base: PreTrainedModel, report: Report) -> None:
         report.kept["rope"] = f"{type(base).__name__} has no attention of a known family"
     elif strangers:
         report.kept["rope"] = why_stranger(strangers[0])
+    elif any(type(m).__name__ == "AdaptedAttention" for m in base.modules()):
+        report.kept["rope"] = "PEFT's adaption prompts turn queries by the same angles, in the model's dtype"
     else:
         for module in layers:
             bind(module, llama.attention_with_rope(type(module)))
