@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llamakern.checkpoint_gguf import GGUFFile
-from llamakern.checkpoint_hf import HuggingFaceFolder, cached_snapshot
+from llamakern.checkpoint_hf import DTYPES, HuggingFaceFolder, cached_snapshot
 from llamakern.checkpoint_llama2c import Llama2cFile
 from llamakern.checkpoint_meta import MetaFolder
 from llamakern.model import Llama
@@ -33,11 +33,13 @@ def from_pretrained(path, *, quantize=None, quantize_head=False, double_quant=Fa
     quantize_head. dtype: that of the dense weights; by default what the configuration says, else what is stored
     (float32 where a `.gguf` is quantised). Memory peaks at the result plus the largest tensor.
 
-    FileNotFoundError where nothing is found; ValueError where a file is cut short, a shape is wrong, or keys are
-    missing or unexpected: they are named.
+    TypeError for another dtype; FileNotFoundError where nothing is found; ValueError where a file is cut short, a shape
+    is wrong, or keys are missing or unexpected: they are named.
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f"checkpoint: quantize must be None or 'nf4', got {quantize!r}")
+    if dtype not in (None, *DTYPES.values()):
+        raise TypeError(f"checkpoint: dtype must be None or torch's {', '.join(DTYPES)}, got {dtype!r}")
     for name, value in {"quantize_head": quantize_head, "double_quant": double_quant}.items():
         if value and quantize is None:
             raise ValueError(f"checkpoint: quantize must be 'nf4' with {name}, got None")

@@ -47,6 +47,8 @@ class HuggingFaceFolder:
             self.shapes[name] = tuple(parse_state(name, self._get(*parts[STATE]))["shape"])
         for key, (file, shape) in stored.items():
             name = parameter_name(key)
+            if name in self.shapes:
+                raise ValueError(f"checkpoint: {path} must hold {name} once, got it with and without `model.`")
             if not DERIVED.fullmatch(name):
                 self.files[name], self.shapes[name] = (file, key), tuple(shape)
 

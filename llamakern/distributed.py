@@ -7,7 +7,7 @@ the order of summation the loss, of the same step in one process. One process al
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -75,9 +75,13 @@ def join(device: torch.device) -> World:
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all, known before `join` too."""
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank() if joined else int(os.environ.get("RANK", "0"))) == 0
+    """Whether this process speaks and writes for all, known before `join` too. A RANK that torchrun did not set is
+    no one's word: such a process is alone."""
+    if not dist.is_available():
+        return True
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,6 +151,11 @@ def accumulating(wrapped: nn.Module, last: bool) -> Iterator[None]:
     if hasattr(wrapped.model, "set_requires_gradient_sync"):
         wrapped.model.set_requires_gradient_sync(last)
     yield
+
+
+def unused(wrapped: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of the parameters that a first backward did not reach, for which DistributedDataParallel waits in vain."""
+    return [name for name, p in trainable.items() if p.grad is None] * isinstance(wrapped, DistributedDataParallel)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

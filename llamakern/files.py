@@ -40,9 +40,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; it takes the place of `path` when the block ends well.
 
-    A folder cannot be renamed over a full one, so an older `path` steps aside first, as `.<name>.old`.
+    A folder cannot be renamed over a full one, so an older `path` steps aside first, as `.<name>.old`. ValueError
+    where a file stands there, or the working folder, which a process would go on seeing without its content.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # of a link the target is replaced
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"files: path must be a folder, got the file {path}")
+    if Path.cwd().is_relative_to(path):
+        raise ValueError(f"files: path must not be the working folder or one above it, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)

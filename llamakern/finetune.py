@@ -173,7 +173,8 @@ def prepare(config: FinetuneConfig, tokenizer: Tokenizer, records: list, *, out:
         raise ValueError(f"finetune: tokenizer must give ids below the model's {vocab_size}, got {largest}")
     torch.manual_seed(config.seed)
     peft.apply(model, config.peft_config())
-    knobs = {"pad_id": tokenizer.pad_id, "label": config.method, "quiet": quiet}
+    pad_id = tokenizer.pad_id if tokenizer.pad_id < vocab_size else 0  # which id is the same: nothing sees the padding
+    knobs = {"pad_id": pad_id, "label": config.method, "quiet": quiet}
     return Trainer(model, train, config.train_config(), held_out=held_out, out=out, **knobs)
 
 

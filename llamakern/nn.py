@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamakern import ops
+from llamakern.ops._door import autocast_dtype
 from llamakern.ops.nf4 import ABSMAX_BLOCK
 
 ROWS = ABSMAX_BLOCK  # of a weight that are dense in float32 at a time
@@ -66,7 +67,7 @@ class NF4Linear(nn.Linear):
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None, *, block_size=64, double_quant=False):
-        """Quantises a weight (N, K) of float32 or bfloat16."""
+        """Quantises a weight (N, K) of float32, bfloat16 or float16."""
         N, K = weight.shape
         made = cls(K, N, bias is not None, block_size=block_size, double_quant=double_quant, device="meta")
         packed, absmax = ops.nf4_quantize(weight.detach(), block_size=block_size)
@@ -223,11 +224,7 @@ class LoRALinear(nn.Module):
         c = self.magnitude / self._kept_norms()
         if not dropout:
             return self._adapted(x, self.base.bias, out_scale=c)
-        dropped = F.dropout(x, dropout)
-        h = F.linear(dropped, self.lora_a.to(x.dtype))
-        delta = F.linear(h, ((self.scale * c)[:, None] * self.lora_b).to(x.dtype))
-        y = self.base(x)
-        return (y + (c - 1) * self._unbiased(dropped) + delta).to(y.dtype)
+        return self._dropped(x, c, dropout)
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
@@ -265,11 +262,25 @@ class LoRALinear(nn.Module):
             return ops.nf4_lora_linear(x, lora_a=self.lora_a, lora_b=self.lora_b, bias=bias, **base.packed, **knobs)
         return ops.lora_linear(x, base.weight, self.lora_a, self.lora_b, bias, **knobs)
 
-    def _unbiased(self, x: Tensor) -> Tensor:
+    def _dropped(self, x: Tensor, c: Tensor, dropout: float) -> Tensor:
+        """DoRA with dropout. Its three terms may leave float16's range where their sum does not: they are float32."""
+        dtype = autocast_dtype(x) or x.dtype
+        half = dtype == torch.float16
+        with without_autocast(x.device) if half else nullcontext():
+            x = x.float() if half else x
+            dropped = F.dropout(x, dropout)
+            h = F.linear(dropped, self.lora_a.to(x.dtype))
+            delta = F.linear(h, ((self.scale * c)[:, None] * self.lora_b).to(x.dtype))
+            y = self._linear(x, self.base.bias) + (c - 1) * self._linear(dropped) + delta
+        return y.to(dtype)
+
+    def _linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + bias; a narrower W or bias takes part as x's dtype."""
         base = self.base
         if isinstance(base, NF4Linear):
-            return ops.nf4_linear(x, **base.packed)
-        return F.linear(x, base.weight)
+            return ops.nf4_linear(x, bias=None if bias is None else bias.to(x.dtype), **base.packed)
+        w, bias = (t if t is None or t.itemsize >= x.itemsize else t.to(x.dtype) for t in (base.weight, bias))
+        return F.linear(x, w, bias)
 
     def _kept_norms(self) -> Tensor:
         """row_norms, or those of the last call where nothing has changed since.

@@ -143,6 +143,8 @@ class Trainer:
             started, generators = time.perf_counter(), rng_state()
             lr = config.lr_at(step, self.total)
             loss = self.backward(batches)
+            if gate and (unused := distributed.unused(self.parallel, self.trainable)):
+                gate.finish({"no gradient": unused})
             grad_norm = nn.utils.clip_grad_norm_(self.trainable.values(), config.clip or math.inf)
             grad_norm = distributed.whole(grad_norm).item()
             if not math.isfinite(loss) or not math.isfinite(grad_norm):

@@ -20,6 +20,7 @@ import torch.distributed.fsdp
 from llamakern import peft
 from llamakern.config import LlamaConfig
 from llamakern.data import Example
+from llamakern.gate import GateError
 from llamakern.model import Llama
 from llamakern.nn import quantize_
 from llamakern.train import TrainConfig, Trainer
@@ -145,6 +146,17 @@ def gate(folder: Path, kind: str) -> None:
         (folder / f"{kind}-gate-{trainer.world.rank}.txt").write_text(str(error))
 
 
+def stray(folder: Path, kind: str) -> None:
+    """A parameter that no loss reaches: the gate must name it, before DDP gives up on it."""
+    model = qlora()
+    model.stray = torch.nn.Parameter(torch.ones(4))
+    trainer = Trainer(model, examples(), TrainConfig(**BASE | {"parallel": kind}), quiet=True)
+    try:
+        trainer.train()
+    except GateError as error:
+        (folder / f"{kind}-stray-{trainer.world.rank}.txt").write_text(str(error))
+
+
 def do(folder: Path, jobs: str) -> None:
     for job in jobs.split(","):
         name, *arguments = job.split(":")
@@ -193,6 +205,8 @@ def pair(folder: Path, jobs: str) -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "loops:transformers_trainer" in sys.argv:
+        import test_trainers  # noqa: F401  which loads transformers, for both processes
     for jobs in sys.argv[2:]:
         if dist.is_torchelastic_launched():
             do(Path(sys.argv[1]), jobs)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from compare import assert_same_bits
+from compare import assert_as_good_as, assert_same_bits, outputs_and_gradients
 from test_attention import check, make_inputs
 
 from llamakern import ops
+from llamakern.ops.sdpa import scaled_dot_product_attention_reference
 
 
 def test_packed_few_queries(dtype, isa):
@@ -35,6 +36,52 @@ def test_windows_and_chunks_beyond_all_keys(T, S, causal, far):
     assert_same_bits(ops.attention(q, k, v, causal=causal, window=far), want)
     if T <= S:  # else the first queries stand before position 0, in a chunk of their own
         assert_same_bits(ops.attention(q, k, v, causal=causal, chunk=far), want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("T", "S"), [(450, 450), (300, 450), (450, 300), (3, 450)])
+def test_causal_as_a_mask_has_equal_bits(T, S, causal, dtype, isa):
+    """A block of keys that the mask hides from a whole strip is skipped, as causal skips it: neither changes a bit."""
+    inputs = make_inputs(2, T, S, 4, 2, 24, dtype)
+    triangle = torch.ones(2, 1, T, S, dtype=torch.bool).tril(S - T)
+    want = outputs_and_gradients(lambda *t: ops.attention(*t, return_lse=True), inputs)
+    got = outputs_and_gradients(lambda *t: ops.attention(*t, mask=triangle, causal=causal, return_lse=True), inputs)
+    for name, bits in want.items():
+        assert_same_bits(got[name], bits, name)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [2, 50])
+def test_keys_that_a_mask_hides_in_blocks_are_not_read(T, kind, dtype, isa):
+    """Neither those behind the last key in use nor a block in the middle; one head sees a key more than the others."""
+    S, middle, end = 1164, [*range(384, 768)], [*range(1152, 1164)]
+    seen = torch.ones(2, 4, T, S, dtype=torch.bool)
+    seen[..., middle + end] = False
+    seen[1, 2, -1, 400] = True
+    mask = seen if kind == torch.bool else torch.zeros(seen.shape, dtype=kind).masked_fill(~seen, -math.inf)
+    _, k, v = inputs = make_inputs(2, T, S, 4, 4, 24, dtype)
+    truth = outputs_and_gradients(heads_first(scaled_dot_product_attention_reference, seen), inputs, wide=True)
+    eager = outputs_and_gradients(heads_first(scaled_dot_product_attention_reference, seen), inputs)
+    with torch.no_grad():
+        for t in (k, v):
+            t[:, end] = t[0, middle] = torch.nan
+    ours = outputs_and_gradients(heads_first(ops.scaled_dot_product_attention, mask), inputs)
+    for name in truth if T > 2 else ["out0"]:
+        assert_as_good_as(name, ours[name], eager[name], truth[name], floor=2e-6)
+
+
+def heads_first(op, mask):
+    return lambda *t: op(*(x.transpose(1, 2) for x in t), mask).transpose(1, 2)
+
+
+@pytest.mark.parametrize("T", [2, 50])
+def test_nan_in_a_mask_is_not_hidden(T, isa):
+    q, k, v = (t.detach() for t in make_inputs(1, T, 450, 2, 2, 16))
+    mask = torch.full((T, 450), -math.inf)
+    mask[1, 300] = torch.nan
+    y = heads_first(ops.scaled_dot_product_attention, mask)(q, k, v)
+    assert y[:, 1].isnan().all()
+    assert not y[:, [0, *range(2, T)]].any()
 
 
 def test_blind_rows_take_no_gradient_of_lse():

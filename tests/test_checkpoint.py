@@ -136,6 +136,10 @@ DAMAGE = [
     (lambda t: t.pop("model.norm.weight"), r"got missing \[norm.weight\], unexpected \[\]"),
     (lambda t: t.update(other=torch.ones(1)), r"got missing \[\], unexpected \[other\]"),
     (
+        lambda t: t.update({"norm.weight": torch.ones(64)}),
+        "must hold norm.weight once, got it with and without `model.`",
+    ),
+    (
         lambda t: t.update({"model.norm.weight": torch.ones(65)}),
         r"norm.weight must have shape \[64\], got \[65\]",
     ),
@@ -289,6 +293,9 @@ def test_bad_arguments(tmp_path):
     for name in ("quantize_head", "double_quant"):
         with pytest.raises(ValueError, match=f"checkpoint: quantize must be 'nf4' with {name}, got None"):
             from_pretrained(tmp_path, **{name: True})
+    for dtype in (torch.int8, torch.float64, "bfloat16"):
+        with pytest.raises(TypeError, match=f"checkpoint: dtype must be None or torch's float32, .*, got '?{dtype}"):
+            from_pretrained(tmp_path, dtype=dtype)
 
 
 def test_names_in_the_local_cache(tmp_path, monkeypatch):

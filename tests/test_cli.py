@@ -15,6 +15,7 @@ from llamakern import generate as model_generate
 from llamakern.cli import main
 from llamakern.files import sha256
 from llamakern.finetune import FinetuneConfig
+from llamakern.tokenizer import SentencePieceTokenizer
 
 VERBS = ("demo", "finetune", "generate", "quantize", "merge", "info")
 
@@ -288,6 +289,13 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tiny, tmp_path, caps
     generate = ["generate", str(tmp_path / "small"), "--tokenizer", str(tiny / "base"), "--prompt", "say cat"]
     assert main(generate) == 1
     assert "generate: tokens must be ids from 0 to 19, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_padding_mark_beyond_the_embeddings_is_not_looked_up(tiny, tmp_path, monkeypatch, packing):
+    pad = property(lambda self: self.vocab_size, lambda self, value: None)
+    monkeypatch.setattr(SentencePieceTokenizer, "pad_id", pad, raising=False)
+    assert main(words(tiny, tmp_path / "run", f"packing={packing}")) == 0
 
 
 def test_an_input_without_a_template_is_refused(tiny, capsys):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import distributed_jobs as jobs
@@ -14,11 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llamakern import peft
 from llamakern.runs import RunFolder
 from llamakern.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tests" / "distributed_jobs.py"
+PACKAGES = ("transformers", "peft", "accelerate")
+TRANSFORMERS = "loops:transformers_trainer"
 LOOPS = ["loops:fsdp2,example:fsdp2", "loops:tensor_parallel,example:tensor_parallel"]
 
 
@@ -45,9 +49,11 @@ def two(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("two")
     pairs = dict.fromkeys(LOOPS, "0 0")
     pairs["wrapped"] = "0 0"
+    if all(map(find_spec, PACKAGES)):
+        pairs[TRANSFORMERS] = "0 0"
     for kind in jobs.KINDS:
         pairs[f"killed:{kind}"] = "-9 -9"
-        names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate", "thin")]
+        names = [f"{name}:{kind}" for name in ("train", "resumed", "not_finite", "gate", "stray", "thin")]
         pairs[",".join([*names, f"finetune:{tiny}:{kind}"])] = "0 0"
     done = python(SCRIPT, folder, *pairs)
     for name, codes in pairs.items():
@@ -128,6 +134,12 @@ def test_the_gate_sees_every_tensor(two, kind):
         assert message.endswith(f"of zeros: {name}; no change: {name}"), message
 
 
+@pytest.mark.parametrize("kind", jobs.KINDS)
+def test_the_gate_names_what_no_loss_reaches(two, kind):
+    for rank in range(2):
+        assert ": stray" in (two / f"{kind}-stray-{rank}.txt").read_text()
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_loops_of_ones_own(two, loop):
     """FSDP2 and tensor parallelism without the trainer: the assertions stand in distributed_loops.py."""
@@ -137,16 +149,11 @@ def test_loops_of_ones_own(two, loop):
         assert load_file(two / "fsdp2" / "adapter" / "adapter_model.safetensors")
 
 
-def test_transformers_trainer(tmp_path):
-    for package in ("transformers", "peft", "accelerate"):
+def test_transformers_trainer(two, tmp_path):
+    for package in PACKAGES:
         pytest.importorskip(package)
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        folder.mkdir()
-    loops.transformers_trainer(folders[0])
-    done = python(SCRIPT, folders[1], "loops:transformers_trainer")
-    assert "loops:transformers_trainer 0 0\n" in done.stdout, done.stdout
-    one, two = (torch.tensor(json.loads((folder / "transformers.json").read_text())) for folder in folders)
+    loops.transformers_trainer(tmp_path)
+    one, two = (torch.tensor(json.loads((folder / "transformers.json").read_text())) for folder in (tmp_path, two))
     assert one.shape == (4, 2)
     torch.testing.assert_close(two, one, rtol=2e-3, atol=0)  # transformers logs rounded losses
 
@@ -161,6 +168,12 @@ def test_another_number_of_processes_is_refused(two):
 def test_parallel_must_be_known():
     with pytest.raises(ValueError, match=r"train: parallel must be one of \['ddp', 'fsdp2'\], got 'tp'"):
         TrainConfig(parallel="tp")
+
+
+def test_a_rank_of_no_job_does_not_silence_a_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    peft.save(jobs.qlora(), tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("kind", jobs.KINDS)

@@ -80,13 +80,13 @@ def test_float16_hidden(M, base, isa):
     weight[-1] = weight[-1] * 0.1
     knobs = {"scale": 0.01, "dropout": 0.5, "seed": torch.tensor([3])}
 
-    def of(fn, factor):
-        return lambda *t: fn(*t, **knobs) * factor
+    def check_range(x, lora_a, lora_b, factor, rtol):
+        fns = (lambda *t, fn=fn: fn(*t, **knobs) * factor for fn in (op, reference))
+        x, lora_a, lora_b = (t.clamp(-6e4, 6e4).requires_grad_() for t in (x, lora_a, lora_b))
+        check_float16_range(*fns, (x, *weight, lora_a, lora_b), rtol)
 
-    x, lora_a, lora_b = (x * 2e4).clamp(-6e4, 6e4), lora_a * 100, lora_b * 1e-3
-    check_float16_range(of(op, 0.1), of(reference, 0.1), (x.requires_grad_(), *weight, lora_a, lora_b))
-    x, lora_a, lora_b = x.detach() * 1e-5, lora_a * 1e-5, (lora_b * 1e7).clamp(-6e4, 6e4)
-    check_float16_range(of(op, 32), of(reference, 32), (x.requires_grad_(), *weight, lora_a, lora_b), rtol=5e-3)
+    check_range(x * 2e4, lora_a * 100, lora_b * 1e-3, factor=0.03, rtol=2e-3)
+    check_range(x * 0.2, lora_a * 1e-3, lora_b * 1e4, factor=8, rtol=5e-3)
 
 
 @pytest.mark.parametrize("adapter", [torch.float16, torch.float32])
@@ -104,6 +104,18 @@ def test_float16_base(adapter, isa):
     lora_b.zero_()
     y = ops.lora_linear(x, w, lora_a.to(adapter), lora_b.to(adapter), bias, scale=1.0)
     assert_same_bits(y, F.linear(x, w, bias))
+
+
+def test_float16_base_that_is_infinite(isa):
+    """Only what the adapter changes is computed again: the rest keeps its bits, inf and nan included."""
+    x, w = torch.ones(20, 64).half(), torch.ones(40, 64).half()
+    base = torch.full((20, 40), torch.inf).half()
+    base[:, ::7] = torch.nan
+    lora_a, lora_b = torch.ones(2, 64).half(), torch.ones(40, 2).half()
+    lora_b[::2] = 0
+    y, _h = torch.ops.llamakern.lora_linear(base, x, w, lora_a, lora_b, None, None, 1.0, 0.0)
+    again = lora_b.any(1) & ~base.isnan()
+    assert_same_bits(y, torch.where(again, 64.0 + 2 * 64.0, base))
 
 
 def test_float16_gradient_of_the_weight():

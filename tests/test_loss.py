@@ -140,10 +140,10 @@ def test_float16_gradients_of_probabilities(isa):
     h, w, labels = make_inputs(30, 16, 50, torch.float16, ignored=0)
     w = (w * 1e-3).detach()
     dh, truth = (
-        torch.autograd.grad(fn(h.to(t), w.to(t), labels, reduction="sum") * 1e6, h)[0]
+        torch.autograd.grad(fn(h.to(t), w.to(t), labels, reduction="sum") * 1e7, h)[0]
         for fn, t in ((ops.linear_cross_entropy, h.dtype), (linear_cross_entropy_reference, torch.float64))
     )
-    torch.testing.assert_close(dh.double(), truth.double(), rtol=2e-3, atol=0.5)
+    torch.testing.assert_close(dh.double(), truth.double(), rtol=2e-3, atol=5)
 
 
 def test_float16_chunks_that_cancel(isa):

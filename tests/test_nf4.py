@@ -6,12 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from compare import (
-    assert_same_bits,
-    check_against_reference,
-    check_thread_counts,
-    outputs_and_gradients,
-)
+from compare import assert_same_bits, check_against_reference, check_thread_counts, outputs_and_gradients
 
 from llamakern import ops
 from llamakern.ops.nf4 import (

@@ -22,6 +22,18 @@ def test_float16_range(M, isa):
     assert_same_bits(half, want)
 
 
+@pytest.mark.parametrize("M", [3, 20])
+def test_float16_sums_before_the_bias(M, isa):
+    """x Wᵀ is beyond float16, y is not."""
+    weight, absmax = ops.nf4_quantize(torch.ones(40, 64))
+    x, bias = torch.full((M, 64), 1100.0).half(), torch.linspace(-60000, -6000, 40).half()
+    lora_a, lora_b = torch.zeros(2, 64).half(), torch.zeros(40, 2).half()
+    want = (64 * 1100 + bias.float()).half().expand(M, 40)
+    assert want.isfinite().all()
+    assert_same_bits(ops.nf4_linear(x, weight, absmax, bias), want)
+    assert_same_bits(ops.nf4_lora_linear(x, weight, absmax, lora_a, lora_b, bias, scale=1.0), want)
+
+
 def test_float16_scales(isa):
     """in_scale ⊙ x or the unscaled y beyond float16."""
     weight, absmax = ops.nf4_quantize(torch.randn(40, 64))

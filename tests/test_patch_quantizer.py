@@ -12,6 +12,7 @@ from compare import assert_same_bits
 from patching import batch, make, step
 from transformers import AutoModelForCausalLM
 
+from llamakern import peft as ours
 from llamakern.integrations.transformers import NF4Config, patch
 from llamakern.nn import NF4Linear, quantize_
 
@@ -83,3 +84,12 @@ def trainer(model, args):
     from transformers import Trainer
 
     return Trainer(model=model, args=args, train_dataset=[batch()])
+
+
+def test_merged_it_is_saved_as_a_dense_model(dense, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=NF4Config())
+    model = ours.merge(ours.apply(model, ours.LoRAConfig(rank=2)), "bf16")
+    model.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    assert_same_bits(loaded(**batch()).logits, model.eval()(**batch()).logits)

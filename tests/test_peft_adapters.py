@@ -190,6 +190,8 @@ def test_bad_calls(crowd, folders):
             call(crowd, "other")
     with pytest.raises(ValueError, match="peft: name must be new, got 'wide', which the model carries"):
         peft.load(crowd, folders / "small", name="wide")
+    with pytest.raises(ValueError, match="peft: name must be a string, got None"):
+        peft.apply(crowd, LoRAConfig(), name=None)
     crowd.layers[0].mlp.up_proj = LoRALinear(crowd.layers[0].mlp.up_proj, 2, 1.0)
     with pytest.raises(ValueError, match="peft: model must carry no LoRA but what `apply` and `load` gave it"):
         peft.apply(crowd, LoRAConfig(), name="new")

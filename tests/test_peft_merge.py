@@ -174,6 +174,20 @@ def huge():
     return model
 
 
+def huge_in_half():
+    """Each number fits float16, the merged weight does not."""
+    model = adapted("dense", "lora", torch.float16)
+    for part in (model.layers[1].mlp.up_proj.lora_a, model.layers[1].mlp.up_proj.lora_b):
+        part.data.fill_(1000.0)
+    return model
+
+
+def huge_embedding():
+    model = adapted("dense", "lora", torch.bfloat16)
+    model.embed_tokens.weight.data[0, 0] = 1e5
+    return model
+
+
 def with_others():
     model = adapted("dense", "lora")
     return peft.apply(model, LoRAConfig(rank=1), name="second")
@@ -201,6 +215,8 @@ def with_others():
         ),
         (not_finite, "bf16", "merge: weights of layers.1.mlp.up_proj must be finite in bfloat16, got others"),
         (huge, "f16", "merge: weights of layers.1.mlp.up_proj must be finite in float16, got others"),
+        (huge_in_half, None, "merge: weights of layers.1.mlp.up_proj must be finite in float16, got others"),
+        (huge_embedding, "f16", "merge: embed_tokens.weight must be finite in float16, got other numbers"),
     ],
 )
 def test_what_cannot_be_merged_stays_as_it_was(make, to, message):
@@ -211,6 +227,20 @@ def test_what_cannot_be_merged_stays_as_it_was(make, to, message):
     assert model.state_dict().keys() == before.keys()
     for name, tensor in model.state_dict().items():
         assert_same_bits(tensor, before[name], name)
+
+
+def test_a_refused_report_leaves_the_model_in_training():
+    model = not_finite().train()
+    with pytest.raises(ValueError, match="must be finite"):
+        peft.merge_report(model, X, "bf16")
+    assert model.training
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(("to", "packed"), [("bf16", False), (None, False), ("nf4", True)])
+def test_only_a_packed_result_says_that_it_is_packed(to, packed):
+    model = peft.merge(adapted("nf4", "lora"), to)
+    assert getattr(model, "is_loaded_in_4bit", False) is packed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -224,6 +224,12 @@ def test_compile(shapes):
         torch.testing.assert_close(got[name], want[name])
 
 
+def test_forward_mode_is_refused_by_its_name():
+    q, mask = Z(1, 2, 40, 8), torch.ones(40, 40, dtype=torch.bool)
+    with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+        torch.func.jvp(lambda q: ops.scaled_dot_product_attention(q, q, q, mask), (q,), (q,))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -62,6 +62,13 @@ def test_float16_range(isa):
     check_float16_range(ours, naive, (gate, up), rtol=5e-3)
 
 
+def test_rounds_once(dtype, isa):
+    gate, up = (t.detach() for t in make_inputs((1000,), dtype))
+    exact = swiglu_reference(gate.double(), up.double())
+    unit = (exact.to(dtype) - exact).abs()  # of one rounding
+    assert ((ops.swiglu(gate, up) - exact).abs() <= 1.01 * unit + 1e-6 * exact.abs()).all()
+
+
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
     """Rows that are one row in memory; what is written to the last would miss its place with a 32-bit index."""

@@ -60,7 +60,7 @@ struct Sight {
 };
 
 // A mask broadcast to (B, H, T, S) by strides that are 0 where it has one element. bool: true = attend; float: added to
-// s.
+// s, where the lowest value of its type hides as -inf does.
 struct Mask {
   enum Kind { kNone, kBool, kFloat, kBfloat16, kFloat16 } kind;
   const void* data;

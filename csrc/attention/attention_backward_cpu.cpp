@@ -170,6 +170,7 @@ void strip_against_block(const AttentionBackward<T>& p, const Group<T>& group, Q
   const int64_t begin = max64(s.strip.any.begin - block.begin, 0) / kTileRows * kTileRows;
   const int64_t end = min64(s.strip.any.end - block.begin, block.n);
   if (begin >= end) return;
+  if (bias && !shows_some(group, s.strip, block.begin + begin, end - begin)) return;
   if (bias) gather_bias(bias + begin * kStrip, group, s.strip, block.begin + begin, round_up(end - begin, kTileRows));
   for (int64_t j = begin; j < end; j += kTileRows)
     p_tile<W>(w.p + j * kStrip, w.p_rows + j * kRowWords, s.q, block.k + row_panel(j, words), words,

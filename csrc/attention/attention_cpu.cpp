@@ -104,6 +104,7 @@ void forward_strip(const AttentionForward<T>& p, const Group<T>& group, int64_t 
   OnlineSoftmax softmax;
   for (int64_t j0 = strip.any.begin / kPanel * kPanel; j0 < strip.any.end; j0 += kKeys) {
     const int64_t n = min64(kKeys, strip.any.end - j0);
+    if (masked && !shows_some(group, strip, j0, n)) continue;
     if (masked) gather_bias(bias, group, strip, j0, round_up(n, kTileRows));
     softmax.begin_block();
     for (int64_t j = 0; j < n; j += kTileRows)

@@ -177,9 +177,14 @@ void join_parts(const AttentionForward<T>& p, const Group<T>& group, const Part*
 // Whether a query of the sequence may see a key of [j0, j0 + kRangeKeys).
 template <typename T>
 bool seen_by_some(const Attended<T>& in, const Sequence& sequence, int64_t j0) {
+  const Mask& mask = in.mask;
   for (int64_t t = 0; t < sequence.T; ++t) {
     const Keys keys = in.sight.keys(t, sequence.T, sequence.S);
-    if (keys.begin < j0 + kRangeKeys && keys.end > j0) return true;
+    const int64_t begin = max64(keys.begin, j0), end = min64(keys.end, j0 + kRangeKeys);
+    if (mask.kind == Mask::kNone && begin < end) return true;
+    for (int64_t h = 0; h < (mask.head ? in.H : 1); ++h)
+      for (int64_t j = begin; j < end; j += kLanes)
+        if (any(not_hidden(mask_bias(mask, mask_row(mask, sequence, t, h) + j * mask.key, end - j)))) return true;
   }
   return false;
 }

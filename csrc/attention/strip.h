@@ -117,37 +117,63 @@ void scatter(const Heads<T>& y, const T* rows, const Group<T>& group, const Stri
     memcpy(group.row_of(y, strip.first + lane), rows + lane * group.in.D, size_t(group.in.D) * sizeof(T));
 }
 
-// kLanes elements of a mask row, `left` of them there, as what is added to scores in powers of two.
+// kLanes elements of a mask row as what is added to scores in powers of two; those from `left` on are hidden.
 inline Vec mask_bias(const Mask& mask, int64_t at, int64_t left) {
   const int n = lanes_left(left);
-  Vec x{};
+  const Vec hidden = broadcast(-INFINITY);
   if (mask.kind == Mask::kBool) {
     const auto* seen = static_cast<const uint8_t*>(mask.data) + at;
     if (mask.key == 1 && n == kLanes) {
       uint8_t __attribute__((vector_size(kLanes))) bytes;
       memcpy(&bytes, seen, kLanes);
-      return where(__builtin_convertvector(bytes, IVec) != 0, Vec{}, broadcast(-INFINITY));
+      return where(__builtin_convertvector(bytes, IVec) != 0, Vec{}, hidden);
     }
-    for (int i = 0; i < n; ++i) x[i] = seen[i * mask.key] ? 0.0f : -INFINITY;
+    Vec x = hidden;
+    for (int i = 0; i < n; ++i)
+      if (seen[i * mask.key]) x[i] = 0.0f;
     return x;
   }
   const auto read = [&]<typename U>(const U* p) {
     if (mask.key == 1) return load(p, n);
+    Vec x{};
     for (int i = 0; i < n; ++i) x[i] = to_float(p[i * mask.key]);
     return x;
   };
   // The lowest finite value, which some write for "hidden", becomes -inf: by the product, or for float16 by name.
-  if (mask.kind == Mask::kFloat) return read(static_cast<const float*>(mask.data) + at) * kLog2e;
-  if (mask.kind == Mask::kBfloat16) return read(static_cast<const bfloat16*>(mask.data) + at) * kLog2e;
-  const Vec added = read(static_cast<const float16*>(mask.data) + at);
-  return where(added == broadcast(-65504.0f), broadcast(-INFINITY), added * kLog2e);
+  Vec x;
+  if (mask.kind == Mask::kFloat) {
+    x = read(static_cast<const float*>(mask.data) + at) * kLog2e;
+  } else if (mask.kind == Mask::kBfloat16) {
+    x = read(static_cast<const bfloat16*>(mask.data) + at) * kLog2e;
+  } else {
+    const Vec added = read(static_cast<const float16*>(mask.data) + at);
+    x = where(added == broadcast(-65504.0f), hidden, added * kLog2e);
+  }
+  return where(iota() < n, x, hidden);
 }
+// All but -inf, NaN included.
+inline IVec not_hidden(Vec bias) { return bits_as_int(bias) != bits_as_int(broadcast(-INFINITY)); }
 
-// Where the mask row of one query row begins at key 0.
+// Where the mask row of query t and head h of a sequence begins, at its key 0.
+inline int64_t mask_row(const Mask& m, const Sequence& at, int64_t t, int64_t h) {
+  return at.b * m.batch + h * m.head + (at.q_begin + t) * m.token + at.k_begin * m.key;
+}
 template <typename T>
 int64_t mask_row(const Group<T>& group, int64_t row) {
-  const Mask& m = group.in.mask;
-  return group.at.b * m.batch + group.head(row) * m.head + group.token(row) * m.token + group.at.k_begin * m.key;
+  return mask_row(group.in.mask, group.at, row / group.in.G(), group.head(row));
+}
+
+// Whether the mask leaves one of the keys [j, j + n) to be seen by some lane. Heads that share a mask are asked once.
+template <typename T>
+bool shows_some(const Group<T>& group, const Strip& strip, int64_t j, int64_t n) {
+  const Mask& mask = group.in.mask;
+  for (int64_t lane = 0, before = -1; lane < strip.lanes; ++lane) {
+    const int64_t row = mask_row(group, strip.row(lane)) + j * mask.key;
+    for (int64_t i = 0; i < n && row != before; i += kLanes)
+      if (any(not_hidden(mask_bias(mask, row + i * mask.key, n - i)))) return true;
+    before = row;
+  }
+  return false;
 }
 
 // bias [n, kStrip]: the mask of keys [j, j + n) for each lane.
@@ -160,7 +186,9 @@ void gather_bias(float* bias, const Group<T>& group, const Strip& strip, int64_t
     for (int64_t i = 0; i < n; i += kLanes) {
       IVec block[kLanes];
       for (int l = 0; l < kLanes; ++l)
-        block[l] = bits_as_int(mask_bias(mask, rows[l] + i * mask.key, min64(n - i, group.at.S - j - i)));
+        block[l] = l && rows[l] == rows[l - 1]
+                       ? block[l - 1]
+                       : bits_as_int(mask_bias(mask, rows[l] + i * mask.key, min64(n - i, group.at.S - j - i)));
       transpose(block);
       for (int64_t r = 0; r < kLanes && i + r < n; ++r) store(bias + (i + r) * kStrip + lane, bits_as_float(block[r]));
     }

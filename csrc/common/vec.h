@@ -66,6 +66,7 @@ inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); 
 inline Vec round_nearest(Vec x) { return (Vec)_mm512_roundscale_ps((__m512)x, 0); }
 inline float sum(Vec x) { return _mm512_reduce_add_ps((__m512)x); }
 inline float max_of(Vec x) { return _mm512_reduce_max_ps((__m512)x); }
+inline bool any(IVec x) { return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0; }  // a lane other than 0
 
 #elif defined(LK_ISA_AVX2)
 // --------------------------------------------------------------------------------------------------- AVX2
@@ -120,6 +121,7 @@ inline float max_of(Vec x) {
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
+inline bool any(IVec x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
 
 #else
 // --------------------------------------------------------------------------------------------------- NEON
@@ -149,6 +151,7 @@ inline Vec min(Vec a, Vec b) { return (Vec)vminq_f32((float32x4_t)a, (float32x4_
 inline Vec round_nearest(Vec x) { return (Vec)vrndnq_f32((float32x4_t)x); }
 inline float sum(Vec x) { return vaddvq_f32((float32x4_t)x); }
 inline float max_of(Vec x) { return vmaxvq_f32((float32x4_t)x); }
+inline bool any(IVec x) { return vmaxvq_u32((uint32x4_t)x) != 0; }
 #endif
 
 // A row in vectors: fn(i, Whole{}) for each whole vector at i, then fn(i, n) for the n elements that are left.

@@ -12,7 +12,7 @@ using UVec = uint32_t __attribute__((vector_size(4 * kLanes)));
 
 inline UVec ubroadcast(uint32_t x) { return x - UVec{}; }
 inline UVec counting(int64_t k) {
-  UVec v;
+  UVec v{};
   for (int i = 0; i < kLanes; ++i) v[i] = uint32_t(k + i);
   return v;
 }
@@ -144,20 +144,20 @@ struct AddTokens {
     const int64_t m = strip * kWidth<MV>;
     unpack_lanes(p.y + m * p.N + n, p.N, c, kWidth<MV>, rows, min64(p.M - m, kWidth<MV>),
                  [&](int64_t row, int64_t lane, Vec sum) {
-                   const Vec b = base(m + lane, n + row, lanes_left(rows - row));
-                   return sum == Vec{} ? b : b + sum;
+                   const int there = lanes_left(rows - row);
+                   const Vec b = load(p.base + (m + lane) * p.N + n + row, there);
+                   return sum == Vec{} ? b : wide(b, m + lane, n + row, there) + sum;
                  });
   }
 
  private:
-  // kLanes elements of row m, `there` of them in the matrix; those that float16 could not hold are computed again.
-  Vec base(int64_t m, int64_t n, int there) const {
-    Vec b = load(p.base + m * p.N + n, there);
+  // base[m][n ...], of which `there` elements exist; those that float16 could not hold are computed again.
+  Vec wide(Vec b, int64_t m, int64_t n, int there) const {
     if constexpr (std::is_same_v<T, float16>)
-      for (int i = 0; i < there && max_of(max(b, -b)) == INFINITY; ++i)
-        if (std::isinf(b[i])) {
-          b[i] = dot(p.x + m * p.x_row, p.w + (n + i) * p.K, p.K) + (p.bias ? p.bias[n + i] : 0.0f);
-        }
+      if (any((b == INFINITY) | (b == -INFINITY)))
+        for (int i = 0; i < there; ++i)
+          if (std::isinf(b[i]))
+            b[i] = dot(p.x + m * p.x_row, p.w + (n + i) * p.K, p.K) + (p.bias ? p.bias[n + i] : 0.0f);
     return b;
   }
 };

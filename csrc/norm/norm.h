@@ -2,6 +2,9 @@
 //
 //   s = x + residual      r = 1 / sqrt(mean(s²) + eps)      y = s·r·weight
 //
+// y is made from s as it was rounded; where that is infinite in float16, from the sum itself, and the backward takes
+// ±65504 for it.
+//
 // Backward, with g = dy·weight and the gradient ds of the returned sum:
 //
 //   dx = dresidual = r·(g - s·r²·mean(g·s)) + ds            dweight = Σ_m dy·s·r

@@ -39,7 +39,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         if is_causal:
             raise ValueError(f"{OP}: attn_mask must be None where is_causal is True, got {list(attn_mask.shape)}")
-        if wants_grad(attn_mask):
+        if attn_mask.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(f"{OP}: attn_mask must not require a gradient, got one that does")
     q, k, v = query.shape, key.shape, value.shape
     if not (len(q) == len(k) == 4 and k == v and q[0] == k[0] and q[3] == k[3] and (enable_gqa or q[1] == k[1])):

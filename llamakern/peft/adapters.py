@@ -22,9 +22,7 @@ class Adapter:
     config: object
     modules: dict[str, LoRALinear]
     parents: dict[str, nn.Module]  # the module that holds each of those
-    biases: dict[
-        str, nn.Parameter
-    ]  # those that are not in the model now: the adapter's own, or the base's while active
+    biases: dict[str, nn.Parameter]  # those not in the model now: the adapter's own, or the base's while active
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -68,8 +66,10 @@ def activate(model: nn.Module, name: str | None) -> nn.Module:
 def add(model: nn.Module, name: str, config) -> None:
     """Freeze the base, give the model a fresh adapter of this configuration and activate it.
 
-    ValueError, the model as it was, if the name is taken or if `config` names no linear.
+    ValueError, the model as it was, if the name is none or taken, or if `config` names no linear.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"peft: name must be a string, got {name!r}")
     if name in carried(model):
         raise ValueError(f"peft: name must be new, got {name!r}, which the model carries; remove or merge it first")
     with base_of(model):

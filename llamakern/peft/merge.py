@@ -57,12 +57,14 @@ def merge_report(model: nn.Module, tokens: Tensor, to: str | None = None) -> Mer
     """Merges as `merge` does and measures on `tokens` (B, T) what that changes, without dropout. Raises as it does."""
     training = model.training
     model.eval()
-    before = logits(model, tokens)
-    with base_of(model):
-        effect = (before - logits(model, tokens)).abs().max().item()
-    form, rounding = merge_linears(model, to)
-    change = logit_change(before, logits(model, tokens))
-    model.train(training)
+    try:
+        before = logits(model, tokens)
+        with base_of(model):
+            effect = (before - logits(model, tokens)).abs().max().item()
+        form, rounding = merge_linears(model, to)
+        change = logit_change(before, logits(model, tokens))
+    finally:
+        model.train(training)
     return MergeReport(form=form, tokens=tokens.numel(), rounding=rounding, effect=effect, **change)
 
 
@@ -80,10 +82,10 @@ def merge_linears(model: nn.Module, to: str | None) -> tuple[str, dict[str, floa
     if to not in (None, *FORMS):
         raise ValueError(f"merge: to must be one of {[*FORMS, *SHORT]}, got {to!r}")
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    check(model, found, to)
+    dtype = next(model.parameters()).dtype if to in (None, "nf4") else getattr(torch, to)
+    check(model, found, None if to == "nf4" else dtype)
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     format = {"block_size": packed[0].block_size, "double_quant": packed[0].double_quant} if packed else {}
-    dtype = next(model.parameters()).dtype if to in (None, "nf4") else getattr(torch, to)
     rounding = {}
     for name, module in found.items():
         weight, bias = module.merged_weight(), module.merged_bias()
@@ -103,13 +105,24 @@ def merge_linears(model: nn.Module, to: str | None) -> tuple[str, dict[str, floa
         for name, module in list(model.named_modules()):
             if isinstance(module, NF4Linear):
                 replace(model, name, dense(module.dequantize(), module.bias, dtype).train(module.training))
-        model.to(dtype)
+        for p in model.parameters():  # not buffers: transformers keeps rotary frequencies in one, in float32
+            p.data = p.data.to(dtype)
+        forget_packing(model)
     model.peft_adapters, model.peft_active, model.peft_config = {}, None, None
     return to or str(dtype).removeprefix("torch."), rounding
 
 
-def check(model: nn.Module, found: dict[str, LoRALinear], to: str | None) -> None:
-    """ValueError for what cannot be merged, before anything has changed."""
+def forget_packing(model: nn.Module) -> None:
+    """Takes away what tells transformers and PEFT that a model is quantised: it would be saved as one."""
+    names = ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method", "quantization_config")
+    for owner in (model, getattr(model, "config", model)):
+        for name in names:
+            vars(owner).pop(name, None)
+
+
+def check(model: nn.Module, found: dict[str, LoRALinear], dtype: torch.dtype | None) -> None:
+    """ValueError for what cannot be merged into linears of this dtype, or of NF4, before anything has changed."""
+    form = "nf4" if dtype is None else str(dtype).removeprefix("torch.")
     carried = adapters(model)
     if not found:
         raise ValueError(f"merge: model must carry LoRA that is active, got {f'only {carried}' if carried else 'none'}")
@@ -120,10 +133,17 @@ def check(model: nn.Module, found: dict[str, LoRALinear], to: str | None) -> Non
     for name, module in found.items():
         if module.lora_bias is not None and module.base.bias is None:
             raise ValueError(f"merge: {name} must have a bias to merge lora_bias into, got a linear without")
-        largest = module.merged_weight().abs().max().item() if to == "float16" else 0.0
         parts = (module.lora_a, module.lora_b, module.magnitude, module.lora_bias)
-        if not all(torch.isfinite(part).all() for part in parts if part is not None) or largest > 65504:
-            raise ValueError(f"merge: weights of {name} must be finite in {to or 'the result'}, got others")
+        finite = all(torch.isfinite(part).all() for part in parts if part is not None)
+        if not finite or (dtype == torch.float16 and not fits_half(module.merged_weight())):
+            raise ValueError(f"merge: weights of {name} must be finite in {form}, got others")
+    for name, p in model.named_parameters() if dtype == torch.float16 else ():
+        if p.is_floating_point() and not (name.startswith(tuple(f"{path}." for path in found)) or fits_half(p)):
+            raise ValueError(f"merge: {name} must be finite in {form}, got other numbers")
+
+
+def fits_half(tensor: Tensor) -> bool:
+    return bool((tensor.abs() <= torch.finfo(torch.float16).max).all())
 
 
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
