@@ -175,16 +175,20 @@ class Trainer:
     def backward(self, batches: Sequence[Batch]) -> float:
         """Accumulate the gradient of the mean loss over all trained tokens of `batches`; returns that loss.
 
-        The mean is over the tokens of all processes; each scales by their number what the backward then averages.
+        The backward is that of the sum, and its gradient is divided at the end: those of the activations would else
+        shrink with the number of tokens, and below what float16 holds. The mean is over the tokens of all processes,
+        whose gradients the backward averages.
         """
-        n_trained = self.world.sum(sum(batch.n_trained for batch in batches))
-        total = 0.0
+        n_trained, total = self.world.sum(sum(batch.n_trained for batch in batches)), 0.0
         for i, batch in enumerate(batches, 1):
             with distributed.accumulating(self.parallel, last=i == len(batches)):
-                loss = self.loss(batch) * self.world.size / n_trained
+                loss = self.loss(batch)
                 loss.backward()
             total += loss.item()
-        return self.world.sum(total) / self.world.size
+        for p in self.trainable.values():
+            if p.grad is not None:
+                p.grad.mul_(self.world.size / n_trained)
+        return self.world.sum(total) / n_trained
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Sum over the batch's trained tokens."""

@@ -63,6 +63,24 @@ def test_accumulation_equals_one_large_batch():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_float16_gradients_do_not_shrink_with_the_number_of_tokens():
+    def gradients(dtype):
+        model = tiny().to(dtype)
+        for name, p in peft.trainable(model).items():
+            p.data = p.data.float()
+            if name.endswith("lora_b"):
+                torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(2))
+        t = trainer(model, examples=counting(4096), batch_size=4096)
+        (batches,) = list(t.plan(0))[:1]
+        t.backward(batches)
+        return {name: p.grad for name, p in t.trainable.items()}
+
+    wanted, got = gradients(torch.float32), gradients(torch.float16)
+    worst = {name: ((got[name] - g).norm() / g.norm()).item() for name, g in wanted.items()}
+    print(worst)
+    assert max(worst.values()) < 0.02, worst
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_loss_falls_and_the_folder_tells_it(tmp_path, packing):
     t = trainer(out=tmp_path, held_out=counting(3), epochs=20, packing=packing, eval_every=10)
