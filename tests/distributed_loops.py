@@ -42,7 +42,10 @@ def adamw(model) -> torch.optim.AdamW:
     return torch.optim.AdamW(trainable(model).values(), lr=1e-2)
 
 
-def losses(model, optimizer, steps=range(4), rank=0, size=1) -> list[float]:
+FOUR = range(4)
+
+
+def losses(model, optimizer, steps=FOUR, rank=0, size=1) -> list[float]:
     """The losses of some steps over four rows, each process with its share of them; their padding differs."""
     values = []
     for step in steps:
