@@ -1,7 +1,7 @@
 """Attention against torch's scaled_dot_product_attention: forward, forward with backward, decoding over a cache."""
 
 import torch
-from timing import DTYPES, Rotating, Table, relative_error
+from timing import MATMUL_DTYPES, Rotating, Table, relative_error
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from llamakern import ops
@@ -78,7 +78,7 @@ def decoding(table, dtype):
 
 def main():
     table = Table("attention")
-    for dtype in DTYPES:
+    for dtype in MATMUL_DTYPES:
         training(table, dtype)
         decoding(table, dtype)
     table.done()

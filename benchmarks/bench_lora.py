@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from timing import DTYPES, Rotating, Table, relative_error
+from timing import MATMUL_DTYPES, Rotating, Table, relative_error
 
 from llamakern import ops
 from llamakern.ops.lora import lora_linear_reference, nf4_lora_linear_reference
@@ -56,7 +56,7 @@ def rows(table, dtype, name, fns, weights, reference):
 
 def main():
     table = Table("lora")
-    for dtype in DTYPES:
+    for dtype in MATMUL_DTYPES:
         dense = Rotating(lambda: [(torch.randn(N, K) * 0.02).to(dtype)], bytes_each=N * K * dtype.itemsize)  # noqa: B023
         packed = Rotating(lambda: ops.nf4_quantize(torch.randn(N, K) * 0.02), bytes_each=N * K * 9 // 16)
         rows(

@@ -1,7 +1,7 @@
 """Linear cross-entropy against F.linear + F.cross_entropy: the loss alone, with dh (frozen head), with dh and dw."""
 
 import torch
-from timing import DTYPES, Rotating, Table, relative_error
+from timing import MATMUL_DTYPES, Rotating, Table, relative_error
 
 from llamakern import ops
 from llamakern.ops.loss import linear_cross_entropy_reference
@@ -28,7 +28,7 @@ def step(fn, inputs, *, dh=False, dw=False):
 
 def main():
     table = Table("loss")
-    for dtype in DTYPES:
+    for dtype in MATMUL_DTYPES:
         for name, (M, C, V) in SHAPES.items():
 
             def make():

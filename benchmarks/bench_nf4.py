@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from timing import DTYPES, Rotating, Table, relative_error
+from timing import MATMUL_DTYPES, Rotating, Table, relative_error
 
 from llamakern import ops
 from llamakern.ops.nf4 import nf4_dequantize_reference, nf4_linear_reference
@@ -17,7 +17,7 @@ def eager(x, weight, absmax):
 
 def main():
     table = Table("nf4")
-    for dtype in DTYPES:
+    for dtype in MATMUL_DTYPES:
         for name, (N, K) in SHAPES.items():
             packed_bytes = N * K * 9 // 16
             packed = Rotating(lambda: ops.nf4_quantize(torch.randn(N, K) * 0.02), bytes_each=packed_bytes)  # noqa: B023

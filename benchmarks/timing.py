@@ -13,6 +13,9 @@ import torch
 from llamakern import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MATMUL_DTYPES = DTYPES[
+    :2
+]  # torch multiplies float16 matrices on a CPU in seconds, up to a thousand times as long as ours
 
 
 def race(contestants, *, seconds=1.0, at_least=5):
