@@ -65,23 +65,23 @@ def from_pretrained(path, *, quantize=None, quantize_head=False, double_quant=Fa
 
 def open_source(path):
     """The source for whatever stands at `path`."""
-    place = Path(path)
-    if place.is_file():
-        if place.suffix not in FILES:
+    root = Path(path)
+    if root.is_file():
+        if root.suffix not in FILES:
             raise ValueError(f"checkpoint: path must be {FORMATS}, got {str(path)!r}")
-        return FILES[place.suffix](place)
-    if not place.is_dir():
-        place = cached_snapshot(str(path))
-    if (place / "config.json").is_file():
-        return HuggingFaceFolder(place)
-    if (place / "params.json").is_file() or any(place.glob("consolidated.*.pth")):
-        return MetaFolder(place)
-    files = (file for suffix in FILES for file in sorted(place.glob(f"*{suffix}")))
+        return FILES[root.suffix](root)
+    if not root.is_dir():
+        root = cached_snapshot(str(path))
+    if (root / "config.json").is_file():
+        return HuggingFaceFolder(root)
+    if (root / "params.json").is_file() or any(root.glob("consolidated.*.pth")):
+        return MetaFolder(root)
+    files = (file for suffix in FILES for file in sorted(root.glob(f"*{suffix}")))
     found = [file for file in files if not file.name.startswith("tok")]  # not llama2.c's tokenizer
     if len(found) == 1:
         return FILES[found[0].suffix](found[0])
-    got = ", ".join(file.name for file in found or sorted(place.iterdir())[:8]) or "an empty folder"
-    raise FileNotFoundError(f"checkpoint: path must be {FORMATS}, got {place} with {got}")
+    got = ", ".join(file.name for file in found or sorted(root.iterdir())[:8]) or "an empty folder"
+    raise FileNotFoundError(f"checkpoint: path must be {FORMATS}, got {root} with {got}")
 
 
 def match_keys(model: Llama, source) -> dict[str, str]:
