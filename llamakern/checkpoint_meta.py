@@ -221,6 +221,8 @@ def configure(file: Path, params: dict, shapes: dict, tied: bool) -> LlamaConfig
     for name in (EMBED, GATE):
         if name not in shapes:
             raise ValueError(f"checkpoint: {file.parent} must hold the tensors of a LLaMA, got none for {name}")
+    if not isinstance(scaled := params.get("use_scaled_rope", False), bool):
+        raise ValueError(f"checkpoint: use_scaled_rope of {file} must be true or false, got {scaled!r:.80}")
     vocab_size = params.get("vocab_size", -1)
     sizes = {name: params.get(name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads")}
     try:
@@ -229,7 +231,7 @@ def configure(file: Path, params: dict, shapes: dict, tied: bool) -> LlamaConfig
             hidden_dim=shapes[GATE][0],
             vocab_size=shapes[EMBED][0] if vocab_size == -1 else vocab_size,
             rope_theta=params.get("rope_theta", 10000.0),
-            rope_scaling=scaling(params, sizes) if params.get("use_scaled_rope") else None,
+            rope_scaling=scaling(params, sizes) if scaled else None,
             norm_eps=params.get("norm_eps", 1e-5),
             tie_embeddings=tied,
         )
