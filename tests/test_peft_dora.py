@@ -256,11 +256,13 @@ def test_a_fresh_bias_on_b_is_the_base():
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16, torch.float16], ids=["a32", "ab16", "a16"])
 @pytest.mark.parametrize("base", BASES)
 def test_adapters_of_either_dtype_beside_each_base(base, adapter, dtype):
-    if adapter not in (torch.float32, dtype):
-        pytest.skip("half-precision adapters go with tokens of their dtype")
     module = LoRALinear(linear(base, dtype), RANK, SCALE)
     module.lora_a.data = module.lora_a.data.to(adapter)
     module.lora_b.data = torch.randn_like(module.lora_b).to(adapter)
+    if adapter not in (torch.float32, dtype):  # a half-precision adapter goes with tokens of its dtype
+        with pytest.raises(TypeError, match=r"lora_linear: lora_a must be .* like x.*, got b?float16"):
+            module(torch.randn(2, module.in_features, dtype=dtype))
+        return
     w, bias = dense(module), module.base.bias.detach()
     x = torch.randn(3, 5, module.in_features, dtype=dtype, requires_grad=True)
 
