@@ -139,22 +139,22 @@ def gate(folder: Path, kind: str) -> None:
     """A frozen B gives its A no gradient: the gate must name it in every process."""
     model = qlora()
     model.layers[0].mlp.down_proj.lora_b.requires_grad_(False)
-    trainer = Trainer(model, examples(), TrainConfig(**BASE | {"parallel": kind}), quiet=True)
-    try:
-        trainer.train()
-    except RuntimeError as error:
-        (folder / f"{kind}-gate-{trainer.world.rank}.txt").write_text(str(error))
+    refused(folder, kind, "gate", model)
 
 
 def stray(folder: Path, kind: str) -> None:
     """A parameter that no loss reaches: the gate must name it, before DDP gives up on it."""
     model = qlora()
     model.stray = torch.nn.Parameter(torch.ones(4))
+    refused(folder, kind, "stray", model)
+
+
+def refused(folder: Path, kind: str, name: str, model: Llama) -> None:
     trainer = Trainer(model, examples(), TrainConfig(**BASE | {"parallel": kind}), quiet=True)
     try:
         trainer.train()
     except GateError as error:
-        (folder / f"{kind}-stray-{trainer.world.rank}.txt").write_text(str(error))
+        (folder / f"{kind}-{name}-{trainer.world.rank}.txt").write_text(str(error))
 
 
 def do(folder: Path, jobs: str) -> None:
