@@ -8,7 +8,7 @@
 namespace llamakern::LK_ISA {
 namespace {
 
-constexpr int64_t kAheadSteps = 8;  // steps from the request of memory to its use
+constexpr int64_t kAheadBytes = 8192;  // of keys or values, from the request of memory to its use
 
 // Keys of one range, from the length of the sequence alone, so that a row of a batch has the bits it has alone: up to
 // 32 ranges, each of 64 KB of keys at least, and of 512 keys and 256 KB of scores at most.
@@ -67,7 +67,8 @@ template <typename T>
 class Ahead {
  public:
   explicit Ahead(const Range<T>& range) : range_(range), x_(&range.in.k), rows_(range.find(*x_, 0)) {
-    for (int i = 0; i < kAheadSteps; ++i)
+    const int64_t steps = ceil_div(kAheadBytes, kStepKeys * range.in.D * int64_t(sizeof(T)));
+    for (int64_t i = 0; i < steps; ++i)
       if (const T* row = next())
         for (int64_t key = 0; key < kStepKeys; ++key, row += range.in.k.token)
           for (int64_t d = 0; d < range.in.D; d += int64_t(64 / sizeof(T))) __builtin_prefetch(row + d);

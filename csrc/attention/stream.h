@@ -65,12 +65,12 @@ struct Chunk<bfloat16> {
 inline void store_sums(float* s, Vec a, Vec b, Vec c, Vec d) {
 #if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX512BF16)
   const auto fold = [](Vec x, Vec y) {
-    return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps((__m512)x, (__m512)y),
-                                          _mm512_unpackhi_ps((__m512)x, (__m512)y)));
+    return _mm512_castps_pd(
+        _mm512_add_ps(_mm512_unpacklo_ps((__m512)x, (__m512)y), _mm512_unpackhi_ps((__m512)x, (__m512)y)));
   };
   const __m512d ab = fold(a, b), cd = fold(c, d);
-  const __m512 t = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m512 t =
+      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
   const __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
   _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)));
 #elif defined(LK_ISA_AVX2)
@@ -83,8 +83,8 @@ inline void store_sums(float* s, Vec a, Vec b, Vec c, Vec d) {
 
 constexpr int kStepKeys = 8;  // keys of one head that are read together
 
-// Rows of one step at `at`, `ld` apart, and those that will be read some steps later. Each line of `next`, or none where
-// it is null, is asked for as a line of `at` is read: a burst of requests would stand in the way of the reads.
+// Rows of one step at `at`, `ld` apart, and those that will be read some steps later. Each line of `next`, or none
+// where it is null, is asked for as a line of `at` is read: a burst of requests would stand in the way of the reads.
 template <typename T>
 struct StepRows {
   const T* at;
