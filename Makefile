@@ -4,7 +4,7 @@ VENV   := .venv/bin
 READY  := .venv/.ready
 ROOMS  := $(notdir $(patsubst %/,%,$(filter-out csrc/common/,$(wildcard csrc/*/))))
 
-.PHONY: env build demo test compat lint format bench sanitize profile clean
+.PHONY: env build demo test compat lint format bench sanitize neon profile clean
 .DEFAULT_GOAL := test
 
 env: $(READY) build
@@ -62,6 +62,22 @@ sanitize: $(READY)
 	  $(VENV)/python setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/sanitize $(VENV)/pytest -x -p no:cacheprovider $(SANITIZE_TESTS)
+
+# The kernels for 64-bit Arm, which this machine need not be: a kernel of every room against plain loops, under qemu-user.
+NEON_CXX     ?= aarch64-linux-gnu-g++
+NEON_RUN     ?= qemu-aarch64
+NEON_FLAGS   := -std=gnu++20 -O1 -Wall -Wextra -fno-math-errno -fno-trapping-math -fopenmp -DLK_ISA=neon -DLK_ISA_NEON
+NEON_OBJECTS := $(patsubst %.cpp,build/neon/%.o,$(wildcard csrc/*/*.cpp tests/neon/*.cpp))
+neon: build/neon/smoke
+	OMP_NUM_THREADS=2 $(NEON_RUN) $<
+
+build/neon/smoke: $(NEON_OBJECTS)
+	$(NEON_CXX) -static -fopenmp $^ -o $@
+
+build/neon/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(NEON_CXX) $(NEON_FLAGS) -MMD -c $< -o $@
+-include $(NEON_OBJECTS:.o=.d)
 
 # Where the cycles of one room's benchmark go: make profile OP=rope (needs perf).
 profile: env

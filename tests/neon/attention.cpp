@@ -1,0 +1,139 @@
+// attention: forward and backward over many queries and over few, decoding over a cache in blocks.
+#include "../../csrc/attention/attention.h"
+
+#include "smoke.h"
+
+namespace smoke {
+namespace {
+
+struct Sizes {
+  int64_t B, T, S, H, Hkv, D;
+  int64_t q() const { return B * T * H * D; }
+  int64_t k() const { return B * S * Hkv * D; }
+};
+
+template <typename T>
+Heads<T> heads(T* data, int64_t tokens, int64_t H, int64_t D) {
+  return {data, tokens * H * D, H * D, D};
+}
+
+struct Truth {
+  Doubles y, lse, dq, dk, dv;
+};
+
+// Causal attention and its gradient, row by row, as attention.h says it; row b sees its first lengths[b] keys.
+template <typename T>
+Truth plain_attention(const Sizes& n, const std::vector<T>& q, const std::vector<T>& k, const std::vector<T>& v,
+                      const std::vector<T>& dy, const std::vector<int32_t>& lengths) {
+  Truth out{Doubles(n.q()), {}, Doubles(n.q()), Doubles(n.k()), Doubles(n.k())};
+  const double scale = default_scale(n.D);
+  for (int64_t b = 0; b < n.B; ++b)
+    for (int64_t h = 0; h < n.H; ++h)
+      for (int64_t t = 0; t < n.T; ++t) {
+        const int64_t seen = lengths[b] - n.T + t + 1, row = ((b * n.T + t) * n.H + h) * n.D;
+        const auto key = [&](int64_t j) { return ((b * n.S + j) * n.Hkv + h / (n.H / n.Hkv)) * n.D; };
+        const auto dot = [&](const std::vector<T>& a, int64_t i, const std::vector<T>& c, int64_t j) {
+          double sum = 0.0;
+          for (int64_t d = 0; d < n.D; ++d) sum += double(to_float(a[i + d])) * to_float(c[j + d]);
+          return sum;
+        };
+        Doubles p(seen > 0 ? seen : 0);
+        double total = 0.0, delta = 0.0;
+        for (int64_t j = 0; j < seen; ++j) total += p[j] = std::exp(scale * dot(q, row, k, key(j)));
+        out.lse.push_back(std::log(total));
+        for (int64_t j = 0; j < seen; ++j) {
+          p[j] /= total;
+          delta += p[j] * dot(dy, row, v, key(j));
+          for (int64_t d = 0; d < n.D; ++d) out.y[row + d] += p[j] * to_float(v[key(j) + d]);
+        }
+        for (int64_t j = 0; j < seen; ++j) {
+          const double ds = scale * p[j] * (dot(dy, row, v, key(j)) - delta);
+          for (int64_t d = 0; d < n.D; ++d) {
+            out.dq[row + d] += ds * to_float(k[key(j) + d]);
+            out.dk[key(j) + d] += ds * to_float(q[row + d]);
+            out.dv[key(j) + d] += p[j] * to_float(dy[row + d]);
+          }
+        }
+      }
+  return out;
+}
+
+template <typename T>
+Attended<T> attended(const Sizes& n, const std::vector<T>& q, const std::vector<T>& k, const std::vector<T>& v) {
+  Attended<T> in{};
+  in.q = heads(q.data(), n.T, n.H, n.D);
+  in.k = heads(k.data(), n.S, n.Hkv, n.D), in.v = heads(v.data(), n.S, n.Hkv, n.D);
+  in.block = n.S, in.sight.causal = true, in.scale = default_scale(n.D);
+  in.sequences = n.B, in.T_ = n.T, in.S = n.S, in.H = n.H, in.Hkv = n.Hkv, in.D = n.D;
+  return in;
+}
+
+template <typename T>
+void check_training(const Sizes& n) {
+  const auto q = random<T>(n.q(), 2.0), k = random<T>(n.k(), 2.0), v = random<T>(n.k()), dy = random<T>(n.q());
+  std::vector<T> y(n.q()), dq(n.q()), dk(n.k()), dv(n.k());
+  std::vector<float> lse(n.B * n.H * n.T);
+  AttentionForward<T> forward{};
+  forward.y = heads(y.data(), n.T, n.H, n.D), forward.lse = lse.data(), forward.in = attended(n, q, k, v);
+  run(forward);
+  AttentionBackward<T> backward{};
+  backward.dq = heads(dq.data(), n.T, n.H, n.D);
+  backward.dk = heads(dk.data(), n.S, n.Hkv, n.D), backward.dv = heads(dv.data(), n.S, n.Hkv, n.D);
+  backward.y = heads<const T>(y.data(), n.T, n.H, n.D), backward.dy = heads<const T>(dy.data(), n.T, n.H, n.D);
+  backward.lse = lse.data(), backward.in = forward.in;
+  run(backward);
+  const Truth truth = plain_attention(n, q, k, v, dy, std::vector<int32_t>(n.B, int32_t(n.S)));
+  const std::string name = "attention T=" + std::to_string(n.T);
+  judge<T>(name, y, truth.y);
+  judge<float>(name + "'s lse", lse, truth.lse);
+  judge<T>(name + "'s dq", dq, truth.dq, 2.0);  // y, rounded, is read for delta
+  judge<T>(name + "'s dk", dk, truth.dk, 2.0);
+  judge<T>(name + "'s dv", dv, truth.dv, 2.0);
+}
+
+// The last keys come through cache_append_, into blocks that lie in reverse.
+template <typename T>
+void check_decoding() {
+  constexpr Sizes n{2, 3, 140, 6, 2, 20};
+  constexpr int64_t kBlock = 20, kWidth = n.S / kBlock;
+  const std::vector<int32_t> lengths{139, 17};
+  const auto q = random<T>(n.q(), 2.0), k = random<T>(n.k(), 2.0), v = random<T>(n.k());
+  std::vector<T> k_cache(n.k()), v_cache(n.k()), k_new, v_new, y(n.q());
+  std::vector<int32_t> table(n.B * kWidth);
+  for (int64_t i = 0; i < n.B * kWidth; ++i) table[i] = int32_t(n.B * kWidth - 1 - i);
+  for (int64_t b = 0; b < n.B; ++b)
+    for (int64_t j = 0; j < n.S; ++j)
+      for (int64_t i = 0; i < n.Hkv * n.D; ++i) {
+        const int64_t from = (b * n.S + j) * n.Hkv * n.D + i,
+                      to = (table[b * kWidth + j / kBlock] * kBlock + j % kBlock) * n.Hkv * n.D + i;
+        if (j < lengths[b] - n.T) k_cache[to] = k[from], v_cache[to] = v[from];
+        if (j >= lengths[b] - n.T && j < lengths[b]) k_new.push_back(k[from]), v_new.push_back(v[from]);
+      }
+  CacheAppend<T> append{};
+  append.k_cache = heads(k_cache.data(), kBlock, n.Hkv, n.D), append.v_cache = heads(v_cache.data(), kBlock, n.Hkv, n.D);
+  append.k = heads<const T>(k_new.data(), n.T, n.Hkv, n.D), append.v = heads<const T>(v_new.data(), n.T, n.Hkv, n.D);
+  append.lengths = lengths.data(), append.block_table = table.data(), append.table_width = kWidth;
+  append.block = kBlock, append.B = n.B, append.T_ = n.T, append.Hkv = n.Hkv, append.D = n.D;
+  run(append);
+  std::vector<float> lse(n.B * n.H * n.T);
+  AttentionForward<T> decode{};
+  decode.y = heads(y.data(), n.T, n.H, n.D), decode.lse = lse.data(), decode.in = attended(n, q, k, v);
+  decode.in.k = heads<const T>(k_cache.data(), kBlock, n.Hkv, n.D);
+  decode.in.v = heads<const T>(v_cache.data(), kBlock, n.Hkv, n.D);
+  decode.in.lengths = lengths.data(), decode.in.block_table = table.data(), decode.in.table_width = kWidth;
+  decode.in.block = kBlock;
+  run(decode);
+  judge<T>("attention_decode in blocks", y, plain_attention(n, q, k, v, q, lengths).y);
+}
+
+}  // namespace
+
+void check_attention() {
+  for_types([]<typename T>() {
+    check_training<T>({2, 45, 61, 6, 2, 20});
+    check_training<T>({1, 3, 75, 4, 1, 33});
+    check_decoding<T>();
+  });
+}
+
+}  // namespace smoke
