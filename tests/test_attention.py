@@ -116,7 +116,8 @@ def test_a_key_that_outshines_all(dtype, isa):
     y = ops.attention(q, k, v)
     rtol = 1e-6 if dtype == torch.float32 else 0
     for key, after in ((5, 150), (150, 170), (170, 390), (390, 400)):
-        torch.testing.assert_close(y[:, key:after], v[:, key : key + 1].expand(-1, after - key, 2, -1), rtol=rtol, atol=0)
+        value = v[:, key : key + 1].expand(-1, after - key, 2, -1)
+        torch.testing.assert_close(y[:, key:after], value, rtol=rtol, atol=0)
 
 
 def test_strips_that_see_nothing_between_others(dtype, isa):
