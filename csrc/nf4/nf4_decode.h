@@ -109,10 +109,14 @@ struct Nf4Columns {
     }
   }
 
+  static constexpr int64_t kAhead = 24;  // words
+
  private:
   void decode(IVec (&unit)[kUnitVecs<W>], int64_t n, int64_t k) const {
     const int64_t i = n * w.K + k;
-    __builtin_prefetch(w.codes + i / 2 + 4 * W::kPer * w.K / 2);
+    const int64_t later = i + kAhead * W::kPer * w.K;
+    __builtin_prefetch(w.codes + later / 2);
+    if (w.absmax) __builtin_prefetch(w.absmax + (later >> w.block_shift));
     decode_unit(W(), unit, w.codes + i / 2, w.block_scale(i >> w.block_shift));
   }
   static void store_pairs(uint32_t* out, IVec first, [[maybe_unused]] IVec second) {
