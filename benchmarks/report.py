@@ -1,4 +1,4 @@
-"""Result files to Markdown: `python benchmarks/report.py FOLDER [--highlights | --trainer | --targets]`.
+"""Result files to Markdown: `python benchmarks/report.py FOLDER [--rows | --highlights | --trainer | --targets]`.
 
 By itself it prints the folder's page: all rows, all pictures, the targets. With --write PAGE it puts the tables between
 the marks `<!-- table: highlights -->` and `<!-- end -->` of that page, as in the README; a test holds them together.
@@ -137,7 +137,12 @@ def page(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-TABLES = {"highlights": lambda folder: report(folder, highlights=True), "trainer": trainer, "targets": targets}
+TABLES = {
+    "rows": report,
+    "highlights": lambda folder: report(folder, highlights=True),
+    "trainer": trainer,
+    "targets": targets,
+}
 
 
 def write(page: Path, folder: Path) -> None:

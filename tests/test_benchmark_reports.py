@@ -161,5 +161,7 @@ def test_marks_are_filled(report, tmp_path):
     assert text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text
     page.write_text("<!-- table: nonsense -->\n<!-- end -->")
-    with pytest.raises(ValueError, match="report: table must be one of highlights, trainer, targets, got nonsense"):
+    with pytest.raises(
+        ValueError, match="report: table must be one of rows, highlights, trainer, targets, got nonsense"
+    ):
         report.write(page, tmp_path)
