@@ -1,67 +1,91 @@
 #include "few_queries.h"
 
 #include "../common/parallel.h"
+#include "stream.h"
 #include "strip.h"
+#include "tasks.h"
 
 namespace llamakern::LK_ISA {
 namespace {
 
-constexpr int64_t kRangeKeys = 128;
-constexpr int64_t kValueKeys = 32;  // values packed at once
-constexpr int kRowsAtOnce = 4;
+constexpr int64_t kAheadSteps = 8;  // steps from the request of memory to its use
 
-// s[r][i] = ⟨q_r, k_i⟩ for NR query rows and up to kLanes keys.
-template <typename W, int NR, typename T>
-inline __attribute__((always_inline)) void dot_keys(float* s, const uint32_t* q, const T* k, int64_t ld, int64_t keys,
-                                                    int64_t D) {
-  const int64_t words = round_up(ceil_div(D, W::kPer), kLanes);  // of a query row
-  IVec sums[NR][kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) {
-    Vec sum[NR] = {};
-    for (int64_t d = 0; i < keys && d < D; d += kLanes * W::kPer) {
-      const IVec key = W::along(k + i * ld + d, D - d);
-#pragma GCC unroll 8
-      for (int r = 0; r < NR; ++r) sum[r] = W::dot(sum[r], load_words(q + r * words + d / W::kPer), key);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < NR; ++r) sums[r][i] = bits_as_int(sum[r]);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < NR; ++r) {
-    transpose(sums[r]);
-    Vec total = bits_as_float(sums[r][0]);
-#pragma GCC unroll 16
-    for (int i = 1; i < kLanes; ++i) total += bits_as_float(sums[r][i]);
-    store(s + r * kRangeKeys, total);
-  }
-}
-template <typename W, int NR, typename T>
-void score_rows(float* s, const uint32_t* q, const T* k, int64_t ld, int64_t keys, int64_t D, int64_t rows) {
-  if constexpr (NR > 0) {
-    for (; rows >= NR; rows -= NR, s += NR * kRangeKeys, q += NR * round_up(ceil_div(D, W::kPer), kLanes))
-      dot_keys<W, NR>(s, q, k, ld, keys, D);
-    score_rows<W, NR - 1>(s, q, k, ld, keys, D, rows);
-  }
+// Keys of one range, from the length of the sequence alone, so that a row of a batch has the bits it has alone: up to
+// 32 ranges, each of 64 KB of keys at least, and of 512 keys and 256 KB of scores at most.
+template <typename T>
+int64_t range_keys(const Attended<T>& in, int64_t S) {
+  const int64_t rows = in.Hkv * in.T_ * in.G();
+  const int64_t wanted = max64(ceil_div(S, 32), ceil_div(int64_t(65536 / sizeof(T)), in.Hkv * in.D));
+  const int64_t most = min64(512, max64(64, 65536 / rows));
+  return min64(round_up(wanted, 64), most / 64 * 64);
 }
 
-// o [rows, lanes] += p [rows, words of keys] · v [words of keys, lanes]
-template <typename W, int MV, int NR>
-void add_values(float* o, int64_t lanes, const uint32_t* v, const uint32_t* p, int64_t rows, int64_t words) {
-  constexpr int kWords = kRangeKeys / W::kPer;
-  if constexpr (NR > 0) {
-    for (; rows >= NR; rows -= NR, o += NR * lanes, p += NR * kWords)
-      tile<W, MV, NR, kWords, 1>(o, lanes, true, v, lanes, p, words);
-    add_values<W, MV, NR - 1>(o, lanes, v, p, rows, words);
-  }
-}
+// What the ranges of one key/value head of one sequence leave for each of its query rows, in powers of two.
+struct Parts {
+  float *m, *l;  // [rows, ranges]  maximum, and sum of 2^(s - m)
+  float* o;      // [ranges, rows, lanes]  Σ 2^(s - m) v, chunks in their own order
+  int64_t rows, ranges, lanes;
 
-// What one range of keys leaves for each of the group's rows.
-struct Part {
-  float *m, *l;  // [rows]
-  float* o;      // [rows, lanes of D]
+  static int64_t size(int64_t rows, int64_t ranges, int64_t lanes) {
+    return round_up(2 * rows * ranges, kLanes) + rows * ranges * lanes;
+  }
+  Parts(float* room, int64_t rows, int64_t ranges, int64_t lanes)
+      : m(room),
+        l(room + rows * ranges),
+        o(room + round_up(2 * rows * ranges, kLanes)),
+        rows(rows),
+        ranges(ranges),
+        lanes(lanes) {}
 };
 
-// p = 2^(s - max s) for one row's n scores of keys from j on, in place of s as words; returns the maximum and the sum.
+// The rows of keys or values that one step reads, kStepKeys keys of each head in turn.
+template <typename T>
+struct Steps {
+  const Attended<T>& in;
+  const Sequence& at;
+  int64_t j0, n;
+  StepRows<T> rows;  // of head 0
+
+  // Rows of keys j0 + j ...; a row that does not exist repeats the one before.
+  void go_to(const Heads<const T>& x, int64_t j) {
+    for (int64_t i = 0; i < kStepKeys; ++i) {
+      const int64_t key = j0 + min64(j + i, n - 1);
+      if (in.block_table)
+        rows[i] = x.at(in.block_table[at.b * in.table_width + key / in.block], key % in.block, 0);
+      else
+        rows[i] = x.at(at.b, at.k_begin + key, 0);
+    }
+  }
+};
+
+// Asks for memory in the order in which it will be read: the range's keys, step by step, then its values.
+template <typename T>
+struct Ahead {
+  Steps<T> steps;
+  const Heads<const T>* x;  // null: all has been asked for
+  int64_t j = 0, kv = 0;
+
+  Ahead(const Attended<T>& in, const Sequence& at, int64_t j0, int64_t n) : steps{in, at, j0, n, {}}, x(&in.k) {
+    steps.go_to(*x, 0);
+    for (int i = 0; i < kAheadSteps; ++i) next();
+  }
+  void next() {
+    if (!x) return;
+    const int64_t bytes = steps.in.D * int64_t(sizeof(T)), offset = kv * x->head;
+    for (const T* row : steps.rows)
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(row + offset) + at);
+    if (++kv < steps.in.Hkv) return;
+    kv = 0;
+    if ((j += kStepKeys) >= steps.n) {
+      x = x == &steps.in.k ? &steps.in.v : nullptr;
+      j = 0;
+    }
+    if (x) steps.go_to(*x, j);
+  }
+};
+
+// p = 2^(s - max s) for one row's n scores of keys from j on, as words; returns the maximum and the sum. What s and p
+// hold beyond n, up to a whole step, becomes hidden.
 template <typename T, typename P>
 void weigh_row(P* p, float* s, int64_t n, const Group<T>& group, int64_t row, int64_t j, float& m, float& l) {
   const Mask& mask = group.in.mask;
@@ -69,8 +93,9 @@ void weigh_row(P* p, float* s, int64_t n, const Group<T>& group, int64_t row, in
   const IVec begin = ibroadcast(int32_t(max64(seen.begin - j, 0))),
              end = ibroadcast(int32_t(max64(min64(seen.end - j, n), 0)));
   const int64_t mask_at = mask.kind == Mask::kNone ? 0 : mask_row(group, row) + j * mask.key;
+  const int64_t whole = round_up(n, kStepKeys);
   Vec top = broadcast(-INFINITY);
-  for (int64_t i = 0; i < n; i += kLanes) {
+  for (int64_t i = 0; i < whole; i += kLanes) {
     Vec x = load(s + i) * (group.in.scale * kLog2e);
     if (mask.kind != Mask::kNone) x += mask_bias(mask, mask_at + i * mask.key, n - i);
     const IVec key = iota() + int32_t(i);
@@ -81,7 +106,7 @@ void weigh_row(P* p, float* s, int64_t n, const Group<T>& group, int64_t row, in
   m = max_of(top);
   const Vec base = broadcast(m == -INFINITY ? 0.0f : m);
   Vec total{};
-  for (int64_t i = 0; i < n; i += kLanes) {
+  for (int64_t i = 0; i < whole; i += kLanes) {
     const Vec x = exp2(load(s + i) - base);
     total += x;
     store(p + i, x);
@@ -90,97 +115,88 @@ void weigh_row(P* p, float* s, int64_t n, const Group<T>& group, int64_t row, in
   if (l != l) m = l;  // the maximum may have passed over a NaN among hidden keys, and the part would count as empty
 }
 
-// Reads n rows of all heads in the order in which they lie, so that memory streams: head by head it would jump.
-template <typename T>
-void touch(const Group<T>& first_head, const Heads<const T>& x, int64_t j, int64_t n) {
-  const int64_t Hkv = first_head.in.Hkv, bytes = first_head.in.D * int64_t(sizeof(T)),
-                step = x.head * int64_t(sizeof(T));
-  if (Hkv == 1) return;
-  int64_t ld;
-  for (int64_t i = 0; i < n; ++i) {
-    const auto* row = reinterpret_cast<const volatile char*>(first_head.key_rows(x, j + i, 1, nullptr, ld));
-    for (int64_t h = 0; h < Hkv; ++h, row += step)
-      for (int64_t at = 0; at < bytes; at += 64) (void)row[at];
-  }
-}
-
 // One range of keys for all the heads of a sequence; parts [Hkv].
 template <typename T>
-void attend_range(const AttentionForward<T>& p, const Sequence& sequence, int64_t j0, const Part* parts) {
-  using W = Words<T>;
-  using P = std::conditional_t<W::kPer == 2, bfloat16, float>;
-  constexpr int kWeightWords = kRangeKeys / W::kPer;
-  const int64_t D = p.in.D, words = round_up(ceil_div(D, W::kPer), kLanes), lanes = round_up(D, kLanes);
-  const int64_t n = min64(kRangeKeys, sequence.S - j0), Hkv = p.in.Hkv, rows = sequence.T * p.in.G();
+void attend_range(const AttentionForward<T>& p, const Sequence& sequence, int64_t j0, int64_t n, int64_t range,
+                  const Parts* parts) {
+  using P = std::conditional_t<Words<T>::kPer == 2, bfloat16, float>;
+  const int64_t D = p.in.D, Hkv = p.in.Hkv, rows = sequence.T * p.in.G(), words = query_words<T>(D);
+  const int64_t lanes = parts[0].lanes, ld = round_up(n, 16), ldp = ld / Words<T>::kPer;
   const auto group = [&](int64_t kv) { return Group<T>{p.in, sequence, kv}; };
+  alignas(64) static constexpr T kNothing[kMaxHeadDim] = {};
 
-  Scratch<uint32_t> q(Hkv * rows * words), weights(Hkv * rows * kWeightWords), values(kValueKeys / W::kPer * lanes);
-  Scratch<float> s(Hkv * rows * kRangeKeys);
-  Scratch<T> copy(kValueKeys * D);
-  for (int64_t i = 0; i < Hkv * rows; ++i)
-    for (int64_t w = 0; w < words; w += kLanes)
-      store_words(q + i * words + w, W::along(group(i / rows).row_of(p.in.q, i % rows) + w * W::kPer, D - w * W::kPer));
-  int64_t ld;
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const int64_t keys = min64(kLanes, n - j);
-    touch(group(0), p.in.k, j0 + j, keys);
+  Scratch<uint32_t> q(Hkv * rows * words), weights(Hkv * rows * ldp);
+  Scratch<float> s(Hkv * rows * ld);
+  for (int64_t i = 0; i < Hkv * rows; ++i) pack_query(q + i * words, group(i / rows).row_of(p.in.q, i % rows), D);
+
+  Ahead<T> ahead(p.in, sequence, j0, n);
+  Steps<T> steps{p.in, sequence, j0, n, {}};
+  StepRows<T> at;
+  for (int64_t j = 0; j < n; j += kStepKeys) {
+    steps.go_to(p.in.k, j);
     for (int64_t kv = 0; kv < Hkv; ++kv) {
-      const T* k = group(kv).key_rows(p.in.k, j0 + j, keys, copy, ld);
-      score_rows<W, kRowsAtOnce>(s + kv * rows * kRangeKeys + j, q + kv * rows * words, k, ld, keys, D, rows);
+      for (int i = 0; i < kStepKeys; ++i) at[i] = steps.rows[i] + kv * p.in.k.head;
+      ahead.next();
+      score_rows<T>(s + kv * rows * ld + j, ld, q + kv * rows * words, at, D, rows);
     }
   }
   for (int64_t kv = 0; kv < Hkv; ++kv) {
+    const Parts& part = parts[kv];
     for (int64_t r = 0; r < rows; ++r)
-      weigh_row(reinterpret_cast<P*>(weights + (kv * rows + r) * kWeightWords), s + (kv * rows + r) * kRangeKeys, n,
-                group(kv), r, j0, parts[kv].m[r], parts[kv].l[r]);
-    memset(parts[kv].o, 0, size_t(rows * lanes) * 4);
+      weigh_row(reinterpret_cast<P*>(weights + (kv * rows + r) * ldp), s + (kv * rows + r) * ld, n, group(kv), r, j0,
+                part.m[r * part.ranges + range], part.l[r * part.ranges + range]);
+    memset(part.o + range * rows * lanes, 0, size_t(rows * lanes) * 4);
   }
-  for (int64_t j = 0; j < n; j += kValueKeys) {
-    const int64_t keys = min64(kValueKeys, n - j), value_words = ceil_div(keys, W::kPer);
-    touch(group(0), p.in.v, j0 + j, keys);
+  for (int64_t j = 0; j < n; j += kStepKeys) {
+    const int64_t keys = min64(kStepKeys, n - j);
+    steps.go_to(p.in.v, j);
     for (int64_t kv = 0; kv < Hkv; ++kv) {
-      const T* v = group(kv).key_rows(p.in.v, j0 + j, keys, copy, ld);
-      pack_across<W>(values, lanes, v, ld, D, keys);
-      const uint32_t* weight = weights + kv * rows * kWeightWords + j / W::kPer;
-      int64_t d = 0;
-      for (; d + kStrip <= lanes; d += kStrip)
-        add_values<W, kTileVecs, kRowsAtOnce>(parts[kv].o + d, lanes, values + d, weight, rows, value_words);
-      for (; d < lanes; d += kLanes)
-        add_values<W, 1, kRowsAtOnce>(parts[kv].o + d, lanes, values + d, weight, rows, value_words);
+      for (int i = 0; i < kStepKeys; ++i) at[i] = i < keys ? steps.rows[i] + kv * p.in.v.head : kNothing;
+      ahead.next();
+      add_values<T>(parts[kv].o + range * rows * lanes, lanes, weights + kv * rows * ldp + j / Words<T>::kPer, ldp, at,
+                    keys, D, rows);
     }
   }
 }
 
 // y = Σ_parts 2^(m - max m) o  /  Σ_parts 2^(m - max m) l
 template <typename T>
-void join_parts(const AttentionForward<T>& p, const Group<T>& group, const Part* parts, int64_t count, int64_t step) {
-  const int64_t D = p.in.D, lanes = round_up(D, kLanes);
+void join_parts(const AttentionForward<T>& p, const Group<T>& group, const Parts& parts) {
+  using C = Chunk<T>;
+  const int64_t D = p.in.D, ranges = parts.ranges, lanes = parts.lanes;
+  Scratch<float> factor(round_up(ranges, kLanes));
   alignas(64) float o[kMaxHeadDim];
-  for (int64_t r = 0; r < group.rows(); ++r) {
-    float m = -INFINITY, l = 0.0f;
-    for (int64_t i = 0; i < count; ++i) m = parts[i * step].m[r] > m ? parts[i * step].m[r] : m;
+  for (int64_t r = 0; r < parts.rows; ++r) {
+    const float *m = parts.m + r * ranges, *l = parts.l + r * ranges;
+    float top = -INFINITY, total = 0.0f;
+    for (int64_t i = 0; i < ranges; ++i) top = m[i] > top ? m[i] : top;
+    for_vectors(ranges, [&](int64_t i, auto there) { store(factor + i, exp2(load(m + i, there) - top), there); });
     memset(o, 0, sizeof o);
-    for (int64_t i = 0; i < count; ++i) {
-      if (parts[i * step].m[r] == -INFINITY) continue;
-      const float factor = std::exp2(parts[i * step].m[r] - m);
-      l += factor * parts[i * step].l[r];
-      for (int64_t d = 0; d < lanes; d += kLanes)
-        store(o + d, fma(broadcast(factor), load(parts[i * step].o + r * lanes + d), load(o + d)));
+    for (int64_t i = 0; i < ranges; ++i) {
+      if (m[i] == -INFINITY) continue;
+      total += factor[i] * l[i];
+      const float* part = parts.o + (i * parts.rows + r) * lanes;
+      for (int64_t d = 0; d < lanes; d += kLanes) store(o + d, fma(broadcast(factor[i]), load(part + d), load(o + d)));
     }
-    const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     T* y = group.row_of(p.y, r);
-    for (int64_t d = 0; d < D; d += kLanes) store(y + d, load(o + d) * inverse, lanes_left(D - d));
-    p.lse[group.lse_index(r)] = kLn2 * (m + std::log2(l));
+    for (int64_t d = 0; d < D; d += C::kSize) {
+      Vec x[C::kValueVecs];
+      for (int i = 0; i < C::kValueVecs; ++i) x[i] = load(o + d + i * kLanes) * inverse;
+      C::straighten(x);
+      for (int i = 0; i < C::kValueVecs; ++i) store(y + d + i * kLanes, x[i], lanes_left(D - d - i * kLanes));
+    }
+    p.lse[group.lse_index(r)] = kLn2 * (top + std::log2(total));
   }
 }
 
-// Whether a query of the sequence may see a key of [j0, j0 + kRangeKeys).
+// Whether a query of the sequence may see a key of [j0, j0 + n).
 template <typename T>
-bool seen_by_some(const Attended<T>& in, const Sequence& sequence, int64_t j0) {
+bool seen_by_some(const Attended<T>& in, const Sequence& sequence, int64_t j0, int64_t n) {
   const Mask& mask = in.mask;
   for (int64_t t = 0; t < sequence.T; ++t) {
     const Keys keys = in.sight.keys(t, sequence.T, sequence.S);
-    const int64_t begin = max64(keys.begin, j0), end = min64(keys.end, j0 + kRangeKeys);
+    const int64_t begin = max64(keys.begin, j0), end = min64(keys.end, j0 + n);
     if (mask.kind == Mask::kNone && begin < end) return true;
     for (int64_t h = 0; h < (mask.head ? in.H : 1); ++h)
       for (int64_t j = begin; j < end; j += kLanes)
@@ -193,30 +209,35 @@ bool seen_by_some(const Attended<T>& in, const Sequence& sequence, int64_t j0) {
 
 template <typename T>
 void few_queries(const AttentionForward<T>& p) {
-  const int64_t Hkv = p.in.Hkv, rows = p.in.T_ * p.in.G(), lanes = round_up(p.in.D, kLanes);
-  int64_t longest = 0;
-  for (int64_t n = 0; n < p.in.sequences; ++n) longest = max64(longest, p.in.sequence(n).S);
-  const int64_t ranges = ceil_div(longest, kRangeKeys), part_size = rows * (lanes + 2);
-  Scratch<float> room(p.in.sequences * Hkv * ranges * part_size);
-  Scratch<Part> parts(p.in.sequences * Hkv * ranges);  // [sequences, ranges, Hkv]
-  for (int64_t i = 0; i < p.in.sequences * Hkv * ranges; ++i) {
-    float* o = room + i * part_size;
-    parts[i] = {o + rows * lanes, o + rows * (lanes + 1), o};
-  }
-  parallel_for(p.in.sequences * ranges, [&](int64_t task) {
-    const Sequence sequence = p.in.sequence(task / ranges);
-    const int64_t j0 = task % ranges * kRangeKeys;
-    const Part* mine = parts + task * Hkv;
-    if (seen_by_some(p.in, sequence, j0))
-      attend_range(p, sequence, j0, mine);
-    else
-      for (int64_t i = 0; i < Hkv * rows; ++i) mine[i / rows].m[i % rows] = -INFINITY;
+  const int64_t Hkv = p.in.Hkv, N = p.in.sequences, lanes = round_up(p.in.D, Chunk<T>::kSize);
+  const auto ranges_of = [&](int64_t n) {
+    const int64_t S = p.in.sequence(n).S;
+    return ceil_div(S, range_keys(p.in, S));
+  };
+  const Tasks tasks(N, ranges_of);
+  Scratch<int64_t> begins(N + 1);  // of each sequence's parts
+  begins[0] = 0;
+  for (int64_t n = 0; n < N; ++n)
+    begins[n + 1] = begins[n] + Hkv * Parts::size(p.in.sequence(n).T * p.in.G(), ranges_of(n), lanes);
+  Scratch<float> room(begins[N]);
+  const auto parts_of = [&](int64_t n, int64_t kv) {
+    const int64_t rows = p.in.sequence(n).T * p.in.G(), ranges = ranges_of(n);
+    return Parts(room + begins[n] + kv * Parts::size(rows, ranges, lanes), rows, ranges, lanes);
+  };
+  parallel_for(tasks.count(), [&](int64_t task) {
+    const auto [n, range] = tasks.find(task);
+    const Sequence sequence = p.in.sequence(n);
+    const int64_t step = range_keys(p.in, sequence.S), j0 = range * step, keys = min64(step, sequence.S - j0);
+    Scratch<Parts> parts(Hkv);
+    for (int64_t kv = 0; kv < Hkv; ++kv) parts[kv] = parts_of(n, kv);
+    if (seen_by_some(p.in, sequence, j0, keys)) return attend_range(p, sequence, j0, keys, range, parts);
+    for (int64_t kv = 0; kv < Hkv; ++kv)
+      for (int64_t r = 0; r < parts[kv].rows; ++r) parts[kv].m[r * parts[kv].ranges + range] = -INFINITY;
   });
-  parallel_ranges(p.in.sequences * Hkv, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const Group<T> group{p.in, p.in.sequence(n / Hkv), n % Hkv};
-      join_parts(p, group, parts + n / Hkv * ranges * Hkv + n % Hkv, ranges, Hkv);
-    }
+  const int64_t cost = ceil_div(begins[N], max64(1, N * Hkv));  // floats that a join reads
+  parallel_ranges(N * Hkv, max64(1, 65536 / max64(1, cost)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      join_parts(p, Group<T>{p.in, p.in.sequence(i / Hkv), i % Hkv}, parts_of(i / Hkv, i % Hkv));
   });
 }
 

@@ -1,0 +1,126 @@
+"""A LLaMA of any shape with random 4-bit weights, head and all: as a GGUF file for llama.cpp, and as our own model.
+
+Speed does not depend on what the weights are, as long as activations stay finite: they have a standard deviation of
+about 0.02. No dense weight is ever made.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from llamakern.config import LlamaConfig
+from llamakern.model import Llama
+from llamakern.nn import NF4Linear
+
+STD = 0.02
+Q4_0_BLOCK, Q4_0_BYTES = 32, 18  # weights of a block; its float16 scale and 16 bytes of codes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """C width, FFN, layers, H and Hkv heads of C/H, V vocabulary."""
+
+    C: int = 2048
+    FFN: int = 5632
+    layers: int = 22
+    H: int = 32
+    Hkv: int = 4
+    V: int = 32000
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of each matrix that a token is multiplied with in a layer, under the names of GGUF."""
+        kv = self.Hkv * self.C // self.H
+        return {
+            "attn_q": (self.C, self.C), "attn_k": (kv, self.C), "attn_v": (kv, self.C), "attn_output": (self.C, self.C),
+            "ffn_gate": (self.FFN, self.C), "ffn_up": (self.FFN, self.C), "ffn_down": (self.C, self.FFN),
+        }  # fmt: skip
+
+    def weights(self) -> int:
+        """How many weights one token is multiplied with, the head too."""
+        return self.layers * sum(N * K for N, K in self.matrices().values()) + self.V * self.C
+
+    def prefill_flops(self, T: int) -> int:
+        """Two for each multiply-add of T tokens; attention is causal; only the last token meets the head."""
+        linears = 2 * T * (self.weights() - self.V * self.C) + 2 * self.V * self.C
+        return linears + 2 * self.layers * self.C * T * T
+
+    def config(self, max_seq_len: int) -> LlamaConfig:
+        return LlamaConfig(
+            dim=self.C, n_layers=self.layers, n_heads=self.H, n_kv_heads=self.Hkv, hidden_dim=self.FFN,
+            vocab_size=self.V, max_seq_len=max_seq_len,
+        )  # fmt: skip
+
+
+def make_model(shape: Shape, max_seq_len: int, *, double_quant: bool = False) -> Llama:
+    """Our model: NF4 in blocks of 64 everywhere, bfloat16 embedding and norms."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Llama(shape.config(max_seq_len)).to(torch.bfloat16)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, _random_nf4(child.in_features, child.out_features, double_quant))
+    model.embed_tokens = nn.Embedding(shape.V, shape.C, dtype=torch.bfloat16)
+    nn.init.normal_(model.embed_tokens.weight, std=STD)
+    for module in model.modules():
+        if getattr(module, "weight", None) is not None and module.weight.is_meta:
+            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16))
+    return model.eval().requires_grad_(False)
+
+
+def _random_nf4(K: int, N: int, double_quant: bool) -> NF4Linear:
+    made = NF4Linear(K, N, double_quant=double_quant)
+    made.weight.view(torch.int64).random_()
+    absmax = torch.empty(made.absmax.shape).uniform_(0.9 * 2 * STD, 1.1 * 2 * STD)
+    if double_quant:
+        from llamakern.ops import nf4_double_quantize
+
+        codes, scale, offset = nf4_double_quantize(absmax)
+        made.absmax.copy_(codes), made.absmax_scale.copy_(scale), made.absmax_offset.copy_(offset)
+    else:
+        made.absmax.copy_(absmax)
+    return made
+
+
+def write_gguf(shape: Shape, max_seq_len: int, path: Path) -> None:
+    """The same shape for llama.cpp: Q4_0 everywhere, float32 norms, no vocabulary."""
+    import gguf
+
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    config = shape.config(max_seq_len)
+    writer.add_context_length(max_seq_len)
+    writer.add_embedding_length(shape.C)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.FFN)
+    writer.add_head_count(shape.H)
+    writer.add_head_count_kv(shape.Hkv)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(shape.V)
+    writer.add_tokenizer_model("none")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+
+    def matrix(name: str, N: int, K: int) -> None:
+        blocks = N * K // Q4_0_BLOCK
+        data = np.frombuffer(bytearray(generator.bytes(blocks * Q4_0_BYTES)), np.uint8).reshape(blocks, Q4_0_BYTES)
+        scale = np.float16(STD / 4.6)  # 4.6: the standard deviation of a uniform code from -8 to 7
+        data[:, :2] = np.frombuffer(scale.tobytes(), np.uint8)
+        writer.add_tensor(f"{name}.weight", data.reshape(N, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+
+    matrix("token_embd", shape.V, shape.C)
+    for layer in range(shape.layers):
+        for name, (N, K) in shape.matrices().items():
+            matrix(f"blk.{layer}.{name}", N, K)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(shape.C, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(shape.C, np.float32))
+    matrix("output", shape.V, shape.C)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
