@@ -4,37 +4,36 @@
     python benchmarks/bench_train.py --method qlora --curve      the same with one sequence of 128 to 4096 tokens
     python benchmarks/bench_train.py --preset llama3-8b          ours alone, double-quantised, activations checkpointed
 
-Each contestant runs in a process of its own, so that the peak of its memory is its own; they take turns, round by
-round. All load the same random checkpoint and start at the same adapters; a step is loss, backward, clipping and fused
-AdamW. The rival runs as PEFT sets it up, under autocast as transformers' Trainer does it, and with adapters in
-bfloat16; the fastest of these counts.
+Each contestant loads in a process of its own, so that the peak of its memory is its own, and waits there for its turns,
+so that a slow moment hits all alike. All load the same random checkpoint and start at the same adapters; a step is
+loss, backward, clipping and fused AdamW. The rival runs as PEFT sets it up, under autocast as in
+transformers' Trainer, and with adapters in bfloat16; the fastest of these counts.
 """
 
 import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
 from bench_transformers import Shape, write_checkpoint
-from timing import machine
 from torch import nn
 
 from llamakern import Llama, LlamaConfig, peft
-from llamakern.nn import NF4Linear
-from llamakern.peft.base import linears
-from llamakern.peft.base import replace as put
+from llamakern.bench import Table, table
+from llamakern.bench.clock import quartiles
+from llamakern.bench.models import random_model
+from llamakern.bench.step import step_flops
 from llamakern.runs import peak_memory_mb, reset_peak_memory
 
 RANK, ALPHA, LR, CLIP = 16, 32, 1e-3, 1.0
@@ -58,6 +57,15 @@ class Ours:
         return self.model.loss(tokens, next_tokens(tokens))
 
 
+class Preset(Ours):
+    """A published shape with random weights, double-quantised from the start; embedding and head are bfloat16."""
+
+    def __init__(self, name: str):
+        self.model = random_model(LlamaConfig.preset(name), torch.bfloat16, nf4=True, double_quant=True)
+        self.model.checkpoint_activations = True
+        peft.apply(self.model, peft.LoRAConfig(rank=RANK, alpha=ALPHA))
+
+
 class Theirs:
     """transformers and PEFT; bitsandbytes for QLoRA."""
 
@@ -79,8 +87,10 @@ class Theirs:
             return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
 
-def contestant(name: str, method: str, folder: Path):
+def contestant(name: str, method: str, preset: str | None, folder: Path):
     """Ours or theirs, A of each adapter drawn from its linear's name alone."""
+    if preset:
+        return Preset(preset)
     made = Ours(method, folder) if name == "ours" else Theirs(method, folder, name)
     for at, p in made.model.named_parameters():
         if p.requires_grad and "lora_a" in at.lower():
@@ -97,14 +107,40 @@ def next_tokens(tokens):
     return torch.cat((tokens[:, 1:], tokens.new_full((len(tokens), 1), -100)), 1)
 
 
-def batches(shape: Shape, n: int) -> list[torch.Tensor]:
-    """Random tokens, the low ones more often (Zipf's law), so that there is something to learn."""
+def batches(shape: Shape):
+    """Random tokens (B, T) without end, the low ones more often (Zipf's law), so that there is something to learn."""
     generator = torch.Generator().manual_seed(2)
-    tokens = shape.V ** torch.rand(n, shape.B, shape.T, generator=generator)
-    return list((tokens.long() - 1).clamp(0, shape.V - 1))
+    while True:
+        tokens = shape.V ** torch.rand(shape.B, shape.T, generator=generator)
+        yield (tokens.long() - 1).clamp(0, shape.V - 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- one run
+# --------------------------------------------------------------------------------------------------- a child: its turns
+
+
+def child(task: dict) -> None:
+    """Loads, answers each line of the standard input with one step, and at its end with the memory."""
+    shape = Shape(**task["shape"])
+    made = contestant(task["name"], task["method"], task["preset"], Path(task["folder"]))
+    params = [p for p in made.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
+    answer(loading_mb=peak_memory_mb())
+    reset_peak_memory()
+    tokens = batches(shape)
+    for _ in sys.stdin:
+        start, faults = time.perf_counter(), page_faults()
+        loss = step(made, params, optimizer, next(tokens))
+        answer(seconds=time.perf_counter() - start, loss=loss, faults=page_faults() - faults)
+    peak = peak_memory_mb()
+    answer(memory_mb=peak, kept_per_token=kept_bytes(made, next(tokens)) / (shape.B * shape.T))
+
+
+def answer(**values) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def step(made, params, optimizer, tokens) -> float:
@@ -116,26 +152,6 @@ def step(made, params, optimizer, tokens) -> float:
     return loss.item()
 
 
-def train(made, shape: Shape, steps: int, warm: int = WARM) -> dict:
-    """Seconds, losses and page faults of the steps, and the peak of the memory while they ran."""
-    params = [p for p in made.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
-    reset_peak_memory()
-    seconds, losses, faults = [], [], []
-    for tokens in batches(shape, warm + steps):
-        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        losses.append(step(made, params, optimizer, tokens))
-        seconds.append(time.perf_counter() - start)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    return {
-        "seconds": seconds[warm:],
-        "losses": losses,
-        "faults": statistics.median(faults[warm:]),
-        "memory_mb": peak_memory_mb(),
-        "kept_per_token": kept_bytes(made, batches(shape, 1)[0]) / (shape.B * shape.T),
-    }
-
-
 def kept_bytes(made, tokens) -> int:
     """Bytes that a forward keeps for its backward, beside the parameters."""
     kept = {}
@@ -145,152 +161,126 @@ def kept_bytes(made, tokens) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = made.loss(tokens)  # alive until all are counted
+        loss = made.loss(tokens)
     own = {p.untyped_storage().data_ptr() for p in made.model.parameters()}
-    return sum(size for at, size in kept.items() if at not in own) + 0 * int(loss.numel())
+    total = sum(size for at, size in kept.items() if at not in own)
+    del loss  # until here it kept all of them at their places
+    return total
 
 
-def child(task: dict) -> dict:
-    if task["preset"]:
-        return preset(task["preset"], task["shape"].T, task["steps"])
-    made = contestant(task["name"], task["method"], task["folder"])
-    loading = peak_memory_mb()
-    runs = [train(made, replace(task["shape"], B=B, T=T), task["steps"]) for B, T in task["sizes"]]
-    return {"loading_mb": loading, "runs": runs}
+# ------------------------------------------------------------------------------------------------ the parent: all turns
 
 
-# ------------------------------------------------------------------------------------------- a model too large for bf16
+class Run:
+    """One contestant's process and what it has answered."""
+
+    def __init__(self, task: dict):
+        self.name, self.steps = task["name"], []
+        command = [sys.executable, __file__, "--child", json.dumps(task)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, **pipes)
+        self.facts = self.read()
+
+    def read(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{self.name} failed:\n{self.process.stderr.read()[-3000:]}")
+
+    def turn(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.steps.append(self.read())
+
+    def finish(self, warm: int) -> dict:
+        """Seconds by step, losses, page faults of a step, memory."""
+        self.process.stdin.close()
+        self.facts |= self.read()
+        self.process.wait()
+        timed = self.steps[warm:]
+        return self.facts | {
+            "seconds": [s["seconds"] for s in timed],
+            "losses": [s["loss"] for s in self.steps],
+            "faults": quartiles([s["faults"] for s in timed])[1],
+        }
 
 
-class Preset(Ours):
-    """A published shape with random weights, double-quantised from the start; embedding and head are bfloat16."""
-
-    def __init__(self, config: LlamaConfig):
-        with torch.device("meta"):
-            self.model = Llama(config)
-        for name, linear in linears(self.model).items():
-            put(self.model, name, random_nf4(linear.out_features, linear.in_features))
-        for name, p in self.model.named_parameters():
-            if p.is_meta:
-                filled = torch.empty(p.shape, dtype=torch.bfloat16)
-                put(self.model, name, nn.Parameter(filled.normal_(std=0.02) if p.dim() > 1 else filled.fill_(1)))
-        self.model.checkpoint_activations = True
-        peft.apply(self.model, peft.LoRAConfig(rank=RANK, alpha=ALPHA))
+def race(task: dict, names: list[str], steps: int, warm: int) -> dict[str, dict]:
+    """What each contestant reached; they load one after the other, then take turns step by step."""
+    runs = [Run(task | {"name": name}) for name in names]
+    for _ in range(warm + steps):
+        for run in runs:
+            run.turn()
+    return {run.name: run.finish(warm) for run in runs}
 
 
-def random_nf4(N: int, K: int) -> NF4Linear:
-    """Any codes are a weight; the scales make its standard deviation about 0.02."""
-    made = NF4Linear(K, N, bias=False, double_quant=True)
-    made.weight.random_(0, 256)
-    made.absmax.random_(0, 256)
-    made.absmax_scale.fill_(0.01)
-    made.absmax_offset.fill_(0.03)
-    return made
-
-
-def preset(name: str, T: int, steps: int) -> dict:
-    made = Preset(LlamaConfig.preset(name))
-    loading = peak_memory_mb()
-    shape = Shape(V=made.model.config.vocab_size, B=1, T=T)
-    return {"loading_mb": loading, "runs": [train(made, shape, steps, warm=0)]}
-
-
-# ---------------------------------------------------------------------------------------------------------- all of them
-
-
-def in_child(task: dict) -> dict:
-    text = json.dumps(task | {"shape": asdict(task["shape"]), "folder": str(task["folder"])})
-    done = subprocess.run([sys.executable, __file__, "--child", text], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{task['name']} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def race(shape: Shape, method: str, sizes, names, rounds: int, steps: int) -> dict[str, list[dict]]:
-    """For each contestant its results at each size, the rounds joined."""
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(replace(shape, T=max(T for _, T in sizes)), Path(folder))
-        for _ in range(rounds):
-            for name in names:
-                task = {"name": name, "method": method, "folder": folder, "preset": None}
-                result = in_child(task | {"shape": shape, "sizes": sizes, "steps": steps})
-                print(f"  {name}: {[round(min(r['seconds']), 3) for r in result['runs']]} s", file=sys.stderr)
-                found.setdefault(name, []).append(result)
-    return {name: [join(rounds, i) for i in range(len(sizes))] for name, rounds in found.items()}
-
-
-def join(rounds: list[dict], i: int) -> dict:
-    runs = [r["runs"][i] for r in rounds]
-    seconds = statistics.median(t for run in runs for t in run["seconds"])
-    return runs[0] | {
-        "ms": seconds * 1e3,
-        "seconds": [t for run in runs for t in run["seconds"]],
-        "memory_mb": statistics.median(run["memory_mb"] for run in runs),
-        "loading_mb": statistics.median(r["loading_mb"] for r in rounds),
+def row(label: str, tokens: int, found: dict[str, dict], flops: float) -> dict:
+    """The table's row: ours, and the rivals from the fastest on."""
+    order = sorted(found, key=lambda name: (name != "ours", quartiles(found[name]["seconds"])[1]))
+    first, best = found[order[0]], found[order[1]] if len(order) > 1 else None
+    error = best and max(abs(a / b - 1) for a, b in zip(first["losses"], best["losses"], strict=True))
+    return {
+        "shape": label,
+        **table.summary({name: found[name]["seconds"] for name in order}),
+        "flops": flops,
+        "bytes": 0,
+        "error": error,
+        "tokens": tokens,
+        "memory_mb": first["memory_mb"],
+        "bytes_per_token": first["kept_per_token"],
+        "runs": {name: found[name] for name in order},
     }
 
 
-def report(label: str, tokens: int, found: dict[str, dict], flops: int) -> dict:
-    """Prints the contestants of one size and returns their row."""
-    print(label)
-    ours = found.get("ours") or next(iter(found.values()))
-    for name, run in found.items():
-        speed = f"{run['ms']:9.1f} ms ({run['ms'] / ours['ms']:5.2f}x) {tokens / run['ms'] * 1e3:7.0f} tokens/s"
-        memory = f"{run['memory_mb']:6.0f} MB, {run['kept_per_token'] / 1e3:6.1f} KB kept per token"
-        print(f"  {name:20s} {speed}  {memory}  {run['faults']:6.0f} faults  loss {run['losses'][-1]:.4f}")
-    rivals = [run for name, run in found.items() if name in RIVALS]
-    row = {"shape": label, "ms": {name: run["ms"] for name, run in found.items()}, "flops": flops, "bytes": 0}
-    if "ours" in found and rivals:
-        best = min(rivals, key=lambda run: run["ms"])
-        row["error"] = max(abs(a / b - 1) for a, b in zip(ours["losses"], best["losses"], strict=True))
-        apart = "" if row["error"] < CLOSE else f", MORE THAN {CLOSE}"
-        share = f"{best['ms'] / ours['ms']:.2f}x our time, {ours['memory_mb'] / best['memory_mb']:.2f}x its memory"
-        print(f"  best rival {share}; losses differ by {row['error']:.1e} at most{apart}")
-    return row | {"runs": found}
+def details(made: dict) -> None:
+    """One line for each contestant under the row."""
+    ours = next(iter(made["runs"].values()))
+    for name, run in made["runs"].items():
+        speed = f"{made['tokens'] / made['ms'][name] * 1e3:7.0f} tokens/s"
+        memory = f"{run['memory_mb']:6.0f} MB (ours {ours['memory_mb'] / run['memory_mb']:.2f}x), loaded at"
+        kept = f"{run['loading_mb']:6.0f} MB, {run['kept_per_token'] / 1024:6.1f} KB kept per token"
+        print(f"    {name:20s} {speed} {memory} {kept}, {run['faults']:7.0f} faults, loss {run['losses'][-1]:.4f}")
+    if made["error"] is not None and made["error"] > CLOSE:
+        raise SystemExit(f"{made['shape']}: losses must agree within {CLOSE}, got {made['error']:.1e}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("qlora", "lora"), default="qlora")
     parser.add_argument("--preset", help="a published shape with random weights, ours alone: llama3-8b")
-    parser.add_argument("--tokens", type=int, default=512, help="of a sequence")
-    parser.add_argument("--batch", type=int, default=2, help="sequences in a step")
+    parser.add_argument("--tokens", type=int, default=512, help="of a sequence (%(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="sequences in a step (%(default)s)")
     parser.add_argument("--curve", action="store_true", help=f"one sequence of {CURVE} tokens")
-    parser.add_argument("--steps", type=int, default=6, help=f"timed steps of a run, after {WARM} others")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each contestant")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each contestant (%(default)s)")
     parser.add_argument("--only", choices=("ours", *RIVALS), action="append", help="this contestant, may be repeated")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine to this file")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    table.add_arguments(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse()
     if args.child:
-        print(json.dumps(child(args.child | {"shape": Shape(**args.child["shape"])})))
-        return
-    print(f"{args.method} step\n{machine()}")
-    shape = Shape(B=args.batch, T=args.tokens)
+        return child(args.child)
+    title = Table(f"train_{args.method}" + "_curve" * args.curve, args, axis="T" if args.curve else "")
+    task = {"method": args.method, "preset": args.preset, "folder": ""}
     if args.preset:
-        task = {"name": "ours", "method": "qlora", "folder": "", "preset": args.preset, "sizes": []}
-        result = in_child(task | {"shape": shape, "steps": args.steps})
-        found = {"ours": join([result], 0)}
-        print(
-            f"loaded at {result['loading_mb'] / 1024:.2f} GiB, trained at {found['ours']['memory_mb'] / 1024:.2f} GiB"
-        )
-        label = f"qlora {args.preset} NF4 double-quantised, head bfloat16, checkpointed, B=1 T={args.tokens} bfloat16"
-        rows = [report(label, args.tokens, found, 0)]
-    else:
-        sizes = [(1, T) for T in CURVE] if args.curve else [(args.batch, args.tokens)]
-        found = race(shape, args.method, sizes, args.only or ["ours", *RIVALS], args.rounds, args.steps)
-        rows = []
-        for i, (B, T) in enumerate(sizes):
-            size = replace(shape, B=B, T=T)
-            label = f"{args.method} C={size.C} {size.layers} layers V={size.V} B={B} T={T} bfloat16"
-            rows.append(report(label, B * T, {name: runs[i] for name, runs in found.items()}, size.flops()))
-    if args.json:
-        args.json.write_text(json.dumps({"title": "train", "machine": machine(), "rows": rows}, indent=1))
+        config = LlamaConfig.preset(args.preset)
+        shape = Shape(V=config.vocab_size, B=1, T=args.tokens)
+        label = f"{args.preset} double-quantised, checkpointed, bfloat16 head T={args.tokens}"
+        found = race(task | {"shape": asdict(shape)}, ["ours"], args.steps, warm=0)
+        details(title.add(row(label, args.tokens, found, step_flops(config, args.tokens, 1, "qlora"))))
+        return title.done()
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Shape(T=max(CURVE)), Path(folder))
+        for B, T in [(1, T) for T in CURVE] if args.curve else [(args.batch, args.tokens)]:
+            shape = Shape(B=B, T=T)
+            found = race(
+                task | {"folder": folder, "shape": asdict(shape)}, args.only or ["ours", *RIVALS], args.steps, WARM
+            )
+            label = f"C={shape.C} {shape.layers} layers V={shape.V} B={B} T={T}"
+            details(title.add(row(label, B * T, found, shape.flops())))
+    return title.done()
 
 
 if __name__ == "__main__":
