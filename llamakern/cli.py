@@ -6,6 +6,7 @@ import difflib
 import sys
 
 from llamakern import commands
+from llamakern.bench.run import add_arguments as add_bench_arguments
 from llamakern.chat import TEMPLATES
 from llamakern.finetune import DTYPES, FinetuneConfig
 from llamakern.gate import GateError
@@ -107,6 +108,10 @@ def merge(p: argparse.ArgumentParser) -> None:
     p.add_argument("--text", default=commands.SAMPLE, help="sample on which the change of the logits is measured")
 
 
+def bench(p: argparse.ArgumentParser) -> None:
+    add_bench_arguments(p)
+
+
 def info(p: argparse.ArgumentParser) -> None:
     """It takes none."""
 
@@ -130,6 +135,13 @@ VERBS = {
         "Merge an adapter into its base and say what that changes.",
         "llamakern merge path/to/llama runs/finetune/adapter merged --to bfloat16",
         merge,
+    ),
+    "bench": (
+        "Race the ops against the best that others offer, beside the machine's own limits.",
+        "llamakern bench nf4_linear --shape M=16,N=4096,K=4096\n"
+        "  llamakern bench --json results --plot\n"
+        "  llamakern bench step --preset llama3-8b --method qlora --layers 2 --tokens 512",
+        bench,
     ),
     "info": ("Versions and machine: paste it into a bug report.", "llamakern info", info),
 }

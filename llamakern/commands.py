@@ -133,6 +133,12 @@ def merge(arguments) -> None:
     print(f"{report}\n{arguments.out}: {folder_size(arguments.out) / 2**20:,.1f} MB")
 
 
+def bench(arguments) -> None:
+    from llamakern.bench.run import run
+
+    run(arguments)
+
+
 def info(arguments) -> None:
     for name, value in runs.environment().items():
         print(f"{name:<14}{'-' if value is None else value}")

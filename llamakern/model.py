@@ -128,7 +128,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then the same with the feed-forward."""
+    """x + attention(norm(x)), then the same with the feed-forward.
+
+    The residual stream is x + delta: what a block adds last is left to the next norm, which reads it anyway.
+    """
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -137,9 +140,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, ctx: AttendContext) -> Tensor:
-        h, x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), ctx), residual=x)
-        return x + self.mlp(h)
+    def forward(self, x: Tensor, delta: Tensor | None, ctx: AttendContext) -> tuple[Tensor, Tensor]:
+        h, x = (self.input_layernorm(x), x) if delta is None else self.input_layernorm(delta, residual=x)
+        h, x = self.post_attention_layernorm(self.self_attn(h, ctx), residual=x)
+        return x, self.mlp(h)
 
 
 class Llama(nn.Module):
@@ -230,15 +234,16 @@ class Llama(nn.Module):
         cos, sin = cos_sin(self.config, positions)
         ctx = AttendContext(cache=cache, positions=positions, cu_seqlens=cu_seqlens, mask=mask, cos=cos, sin=sin)
         with recorded(cache), nullcontext() if cache is None else cache.growing(T):
-            x = self.embed_tokens(tokens)
+            x, delta = self.embed_tokens(tokens), None
             for layer in self.layers:
                 if self.checkpoint_activations and torch.is_grad_enabled():
-                    x = checkpoint(layer, x, ctx, use_reentrant=False)
+                    x = x if delta is None else x + delta  # one tensor is kept, not two
+                    x, delta = checkpoint(layer, x, None, ctx, use_reentrant=False)
                 else:
-                    x = layer(x, ctx)
+                    x, delta = layer(x, delta, ctx)
             if cache is not None and lengths is not None:
                 cache.lengths += lengths.to(torch.int32) - T  # the padding is overwritten by the next tokens
-            return self.norm(x)
+            return self.norm(x) if delta is None else self.norm(delta, residual=x)[0]
 
     def loss(self, tokens, labels, *, positions=None, cu_seqlens=None, reduction="mean") -> Tensor:
         """Cross-entropy of the next token: labels[b, t] is the target at position t, -100 is ignored. float32."""

@@ -250,7 +250,9 @@ class Trainer:
         matrices = [p for p in self.trainable.values() if p.dim() >= 2]
         vectors = [p for p in self.trainable.values() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2))
+        groups = [g for g in groups if g["params"]]
+        fused = not any(hasattr(p, "full_tensor") for p in self.trainable.values())  # one pass over memory, not seven
+        return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=fused)
 
     def save(self, progress: dict, generators: dict) -> None:
         if self.folder is None:

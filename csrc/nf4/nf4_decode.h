@@ -94,6 +94,7 @@ struct Nf4Rows {
     const int64_t count = min64(words * W::kPer, w.K - word * W::kPer), i = row * w.K + word * W::kPer;
     if (in_units(w)) {
       const uint8_t* bytes = w.codes + i / 2;
+      if (w.absmax) __builtin_prefetch(w.absmax + ((i + kAhead * w.K) >> w.block_shift));
       for (int64_t k = 0; k < count; k += kUnit, out += kUnit / W::kPer) {
         __builtin_prefetch(bytes + k / 2 + kAhead * w.K / 2);
         IVec unit[kUnitVecs<W>];

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamakern.ops._door import autocast_dtype, backward_op, differentiable, wants_grad
+from llamakern.ops._remake import again, keep
 from llamakern.ops.nf4 import _shape, bias_gradient, nf4_linear_reference, scaled, tokens
 
 
@@ -200,13 +201,17 @@ def _setup_context(ctx, inputs, output):
     _base, x, w, lora_a, lora_b, _bias, seed, *ctx.knobs = inputs
     h = output[1]
     ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(x, w, lora_a, lora_b, h, seed)
+    ctx.set_materialize_grads(False)  # zeros for h would be made at each call
+    kept, ctx.remake = keep(x)
+    ctx.save_for_backward(w, lora_a, lora_b, h, seed, *kept)
 
 
 def _backward(ctx, dy, _dh):
-    saved = x, *_ = ctx.saved_tensors  # read once: activation checkpointing allows no more
-    want_dx = ctx.needs_input_grad[1]
-    dx, da, db = _lora_linear_backward(dy, *saved, *ctx.knobs, want_dx)
+    if dy is None:
+        return (None,) * 9
+    w, lora_a, lora_b, h, seed, *kept = ctx.saved_tensors  # read once: activation checkpointing allows no more
+    x, want_dx = again(kept, ctx.remake), ctx.needs_input_grad[1]
+    dx, da, db = _lora_linear_backward(dy, x, w, lora_a, lora_b, h, seed, *ctx.knobs, want_dx)
     dw = _weight_gradient(tokens(dy), tokens(x)) if ctx.needs_input_grad[2] else None
     return dy, dx if want_dx else None, dw, da, db, None, None, None, None
 
@@ -223,12 +228,17 @@ def _setup_context_nf4(ctx, inputs, output):
     h = output[1]
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(x, weight, absmax, lora_a, lora_b, h, absmax_scale, absmax_offset, seed)
+    ctx.set_materialize_grads(False)
+    kept, ctx.remake = keep(x)
+    ctx.save_for_backward(weight, absmax, lora_a, lora_b, h, absmax_scale, absmax_offset, seed, *kept)
 
 
 def _backward_nf4(ctx, dy, _dh):
-    want_dx = ctx.needs_input_grad[0]
-    dx, da, db = _nf4_lora_linear_backward(dy, *ctx.saved_tensors, *ctx.knobs, want_dx)
+    if dy is None:
+        return (None,) * 14
+    (*saved,) = ctx.saved_tensors
+    x, want_dx = again(saved[8:], ctx.remake), ctx.needs_input_grad[0]
+    dx, da, db = _nf4_lora_linear_backward(dy, x, *saved[:8], *ctx.knobs, want_dx)
     dbias = bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[5] else None
     return dx if want_dx else None, None, None, da, db, dbias, *(None,) * 8
 

@@ -5,10 +5,13 @@
 Shapes: M rows, C model width.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from llamakern.ops._door import backward_op, differentiable, wants_grad
+from llamakern.ops._remake import note
 
 
 def rms_norm(
@@ -26,8 +29,15 @@ def rms_norm(
     and weight; that of a returned s is added in. Raises ValueError for shapes and devices, TypeError for dtypes.
     """
     if residual is None:
-        return (_recorded if wants_grad(x, weight) else _raw)(x, weight, eps)
-    return (_add_recorded if wants_grad(x, residual, weight) else _add_raw)(x, residual, weight, eps)
+        if not wants_grad(x, weight):
+            return _raw(x, weight, eps)
+        return note(_recorded(x, weight, eps), partial(_raw, eps=eps), x, weight)
+    if not wants_grad(x, residual, weight):
+        return _add_raw(x, residual, weight, eps)
+    y, s = _add_recorded(x, residual, weight, eps)
+    if x.dtype != torch.float16:  # there y may be more than s tells
+        note(y, partial(_raw, eps=eps), s, weight)
+    return y, s
 
 
 def rms_norm_reference(x, weight, *, eps, residual=None):
@@ -73,10 +83,13 @@ def _backward(ctx, dy):
 def _add_setup_context(ctx, inputs, output):
     _x, _residual, weight, ctx.eps = inputs
     ctx.save_for_backward(output[1], weight)
+    ctx.set_materialize_grads(False)
 
 
 def _add_backward(ctx, dy, ds):
     s, weight = ctx.saved_tensors
+    if dy is None:
+        return ds, ds, None, None
     dx, dweight = _rms_norm_backward(dy, ds, s, weight, ctx.eps, ctx.needs_input_grad[2])
     return dx, dx, dweight if ctx.needs_input_grad[2] else None, None
 

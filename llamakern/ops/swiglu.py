@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamakern.ops._door import backward_op, differentiable, wants_grad
+from llamakern.ops._remake import note
 
 
 def swiglu(
@@ -20,7 +21,7 @@ def swiglu(
     Gradients flow to both; the backward computes silu again instead of keeping it. float32, bfloat16 and
     float16. Raises ValueError for shapes and devices, TypeError for dtypes.
     """
-    return (_recorded if wants_grad(gate, up) else _raw)(gate, up)
+    return note(_recorded(gate, up), _raw, gate, up) if wants_grad(gate, up) else _raw(gate, up)
 
 
 def swiglu_reference(gate, up):

@@ -1,0 +1,131 @@
+"""Attention against torch's scaled_dot_product_attention: forward, backward, decoding over a cache.
+
+torch gets its inputs as it likes them best, contiguous (B, H, T, D); in decoding the query heads of a kv head stand as
+queries of one head, which it runs much faster than with enable_gqa, and two plain matmuls race too.
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from llamakern import ops
+from llamakern.bench.cases import Case
+from llamakern.bench.clock import Rotating, relative_error
+from llamakern.ops.attention import attention_reference
+
+
+def rows(table, label, dtype, *, B=1, T, H, Hkv, D):
+    q, k, v, dy = (torch.randn(B, T, heads, D).to(dtype) for heads in (H, Hkv, Hkv, H))
+    theirs = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+    sizes = {"flops": 2 * B * H * D * T * (T + 1), "bytes_moved": 2 * B * T * (H + Hkv) * D * dtype.itemsize}
+    table.row(
+        f"{label} forward",
+        {
+            "ours": lambda: ops.attention(q, k, v),
+            "torch": lambda: sdpa(*theirs, is_causal=True, enable_gqa=Hkv != H),
+        },
+        **sizes,  # the visible half of two matmuls
+        error=forward_error(q, k, v),
+        dtype=dtype,
+    )
+    ours, theirs = ([t.clone().requires_grad_() for t in tensors] for tensors in ((q, k, v), theirs))
+    y, y_theirs = ops.attention(*ours), sdpa(*theirs, is_causal=True, enable_gqa=Hkv != H)
+    dy_theirs = dy.transpose(1, 2).contiguous()
+    table.row(
+        f"{label} backward",
+        {
+            "ours": lambda: torch.autograd.grad(y, ours, dy, retain_graph=True),
+            "torch": lambda: torch.autograd.grad(y_theirs, theirs, dy_theirs, retain_graph=True),
+        },
+        flops=sizes["flops"] * 5 // 2,
+        bytes_moved=2 * sizes["bytes_moved"],
+        error=backward_error(ours, y, dy),
+        dtype=dtype,
+    )
+
+
+def one_group(t, group):
+    """The heads of the first sequence's first kv head, or that kv head: what float64 has the time to check."""
+    return t[:1, :, :group]
+
+
+def forward_error(q, k, v):
+    group = q.shape[2] // k.shape[2]
+    few = slice(0, 2048)  # causal: later tokens do not change what the first ones see
+    truth = attention_reference(*(one_group(t[:, few], n).double() for t, n in ((q, group), (k, 1), (v, 1))))
+    return relative_error(one_group(ops.attention(q, k, v)[:, few], group), truth)
+
+
+def backward_error(leaves, y, dy):
+    """Of dq of the first kv head's queries, over the first tokens."""
+    group, few = leaves[0].shape[2] // leaves[1].shape[2], slice(0, 2048)
+    dq = torch.autograd.grad(y, leaves, dy, retain_graph=True)[0]
+    q, k, v = (one_group(t.detach()[:, few], n).double() for t, n in zip(leaves, (group, 1, 1), strict=True))
+    q.requires_grad_()
+    truth = torch.autograd.grad(attention_reference(q, k, v), q, one_group(dy[:, few], group).double())[0]
+    return relative_error(one_group(dq[:, few], group), truth)
+
+
+def decode_rows(table, label, dtype, *, B=1, S, H, Hkv, D):
+    bytes_moved = 2 * B * S * Hkv * D * dtype.itemsize
+    caches = Rotating(lambda: [torch.randn(B, S, Hkv, D).to(dtype) for _ in range(2)], bytes_each=bytes_moved)
+    q, lengths = torch.randn(B, 1, H, D).to(dtype), torch.full((B,), S, dtype=torch.int32)
+    grouped = q.view(B, Hkv, H // Hkv, D)
+
+    def theirs():  # the same random bytes, taken as the layout (B, Hkv, S, D)
+        return [t.view(B, Hkv, S, D) for t in caches()]
+
+    def matmuls():
+        k, v = theirs()
+        return (grouped @ k.transpose(-1, -2)).mul_(D**-0.5).softmax(-1) @ v
+
+    k, v = caches()
+    truth = attention_reference(q.double(), k.double(), v.double(), causal=False)
+    table.row(
+        f"{label} decode",
+        {
+            "ours": lambda: ops.attention_decode(q, *caches(), lengths=lengths),
+            "torch": lambda: sdpa(grouped, *theirs()),
+            "two matmuls": matmuls,
+        },
+        flops=4 * B * S * H * D,
+        bytes_moved=bytes_moved,
+        error=relative_error(ops.attention_decode(q, k, v, lengths=lengths), truth),
+        dtype=dtype,
+    )
+
+
+def shape(T, H, Hkv, D, B=1):
+    return {"B": B, "T": T, "H": H, "Hkv": Hkv, "D": D}
+
+
+def cache(S, H, Hkv, D, B=1):
+    return {"B": B, "S": S, "H": H, "Hkv": Hkv, "D": D}
+
+
+CASES = (
+    Case(
+        "attention",
+        rows,
+        {
+            "llama3-8b T=2048": shape(2048, 32, 8, 128),
+            "llama3-8b T=512": shape(512, 32, 8, 128),
+            "llama3-8b T=128": shape(128, 32, 8, 128),
+            "llama-7b T=2048": shape(2048, 32, 32, 128),
+            "llama3.2-1b T=512": shape(512, 32, 8, 64, B=2),
+            "storyllama T=256": shape(256, 8, 8, 48, B=4),
+        },
+        axis="T",  # a quarter of llama3-8b's heads, so that torch's longest takes seconds and not a minute
+        curve={f"llama3-8b/4 T={T}": shape(T, 8, 2, 128) for T in (512, 1024, 2047, 2048, 4096, 8192, 16384)},
+    ),
+    Case(
+        "attention_decode",
+        decode_rows,
+        {
+            "llama3-8b S=8192": cache(8192, 32, 8, 128),
+            "llama3-8b S=512": cache(512, 32, 8, 128),
+            "llama-7b S=2048": cache(2048, 32, 32, 128),
+            "llama3.2-1b S=4096 B=4": cache(4096, 32, 8, 64, B=4),
+            "one kv head S=16384": cache(16384, 8, 1, 128),
+        },
+    ),
+)

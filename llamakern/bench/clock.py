@@ -1,0 +1,68 @@
+"""How a time is taken: contestants take turns, on data that rotate through more memory than a cache holds."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def cache_bytes() -> int:
+    """Of the largest cache, or 64 MiB if that is more or the system does not tell."""
+    sizes = [64 << 20]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text(encoding="ascii").strip()
+        if text[:-1].isdigit() and text[-1] in "KM":
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    return max(sizes)
+
+
+CACHE = cache_bytes()
+
+
+def take_turns(contestants: dict[str, Callable], *, seconds: float, at_least: int = 3) -> dict[str, list[float]]:
+    """Seconds of every turn. All contestants have `seconds` each on average, and no fewer than `at_least` turns.
+
+    They take turns, so that a slow moment of the machine hits all alike, and so that the times of one turn may be
+    divided by each other. Each runs once before, unmeasured.
+    """
+    for fn in contestants.values():
+        fn()
+    times, turns = {name: [] for name in contestants}, 0
+    end = time.perf_counter() + seconds * len(contestants)
+    while turns < at_least or time.perf_counter() < end:
+        for name, fn in contestants.items():
+            start = time.perf_counter()
+            fn()
+            times[name].append(time.perf_counter() - start)
+        turns += 1
+    return times
+
+
+def race(contestants: dict[str, Callable], *, seconds: float = 1.0, at_least: int = 5) -> dict[str, float]:
+    """{name: fn} -> {name: median seconds}, by `take_turns`."""
+    times = take_turns(contestants, seconds=seconds, at_least=at_least)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """[first quartile, median, third quartile]."""
+    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+
+
+class Rotating:
+    """Hands out one of several equal-sized values in turn: more of them than a cache holds keeps each use cold."""
+
+    def __init__(self, make: Callable, *, bytes_each: int, cache: int = CACHE):
+        self.values = [make() for _ in range(max(1, min(16, 2 * cache // max(1, bytes_each))))]
+        self.next = 0
+
+    def __call__(self):
+        self.next = (self.next + 1) % len(self.values)
+        return self.values[self.next]
+
+
+def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest difference over the largest truth: shown beside every time, so that no wrong result looks fast."""
+    return ((ours.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-30)).item()

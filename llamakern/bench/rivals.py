@@ -1,0 +1,56 @@
+"""Other people's code in its best mode. What is not installed is absent, and the table says so."""
+
+import copy
+import importlib.util
+
+import torch
+
+from llamakern.bench.clock import Rotating
+
+
+def bitsandbytes_layers(N: int, K: int, dtype: torch.dtype, *, training: bool) -> Rotating | str:
+    """NF4 linears of bitsandbytes with random weights, or why there are none.
+
+    In eval mode it repacks the weight at its first call, for a kernel that only runs forward; while it trains, it
+    dequantises the whole weight at each call.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "not installed"
+    import bitsandbytes as bnb
+
+    knobs = {"compute_dtype": dtype, "quant_type": "nf4", "compress_statistics": False}
+    layer = bnb.nn.Linear4bit(K, N, bias=False, device="meta", **knobs)
+    weight = torch.empty(N, K, dtype=dtype).normal_(std=0.02)
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
+    layer = layer.to("cpu").train(training)
+    layers = Rotating(lambda: copy.deepcopy(layer), bytes_each=N * K * 9 // 16)
+    with torch.no_grad():
+        for each in layers.values:
+            each(torch.zeros(1, K, dtype=dtype))
+    return layers
+
+
+def forward(layers: Rotating | str, x: torch.Tensor):
+    """A contestant: y."""
+    if isinstance(layers, str):
+        return layers
+
+    def run():
+        with torch.no_grad():
+            return layers()(x)
+
+    return run
+
+
+def backward(layers: Rotating | str, x: torch.Tensor, dy: torch.Tensor):
+    """A contestant: dx alone, from graphs that were recorded before."""
+    if isinstance(layers, str):
+        return layers
+    x = x.detach().requires_grad_()
+    graphs = [layer(x) for layer in layers.values]
+
+    def run():
+        layers()
+        return torch.autograd.grad(graphs[layers.next], x, dy, retain_graph=True)
+
+    return run

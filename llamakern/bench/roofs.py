@@ -1,0 +1,75 @@
+"""What the machine could do at most at that moment, measured in the same turns as the contestants.
+
+    dot     flop/s of multiply-adds between registers, at the dtype of the row and on the instruction set in use
+    read    byte/s read from memory
+    copy    byte/s read and written while copying
+
+All are kernels of our own (csrc/common/roof.h), on all threads. They serve as a measure, not as a rival: memory of a
+virtual machine drifts by tens of percent within minutes, and what a kernel reached means something only beside it.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from llamakern import _C
+from llamakern.bench.clock import CACHE
+
+PIECE = 32 << 20  # bytes that one turn reads: enough that starting the threads does not count
+FLOPS = 2e8  # of one turn and thread, about half a millisecond
+
+
+@cache
+def memory() -> torch.Tensor:
+    """Bytes that no cache holds, all of them written once: untouched pages would be one page."""
+    return torch.ones(max(8 * PIECE, 4 * CACHE // PIECE * PIECE), dtype=torch.uint8)
+
+
+def rotating_pieces():
+    at = 0
+    while True:
+        yield memory()[at : at + PIECE].numpy()
+        at = (at + PIECE) % memory().numel()
+
+
+class Roof:
+    """A contestant that does a known amount of work: call it, and divide `work` by the seconds."""
+
+    def __init__(self, run: Callable[[], int]):
+        self.run, self.work = run, 0
+
+    def __call__(self) -> None:
+        self.work = self.run()
+
+
+def dot(dtype: torch.dtype) -> Roof:
+    """flops; float16 is multiplied as float32, and so is bfloat16 where the set has no instruction for its pairs."""
+    name, tasks = str(dtype).removeprefix("torch."), 8 * _C.threads()
+    rounds = max(1, round(FLOPS * _C.threads() / _C.multiply_adds(name, tasks, 1)))
+    return Roof(lambda: _C.multiply_adds(name, tasks, rounds))
+
+
+def read() -> Roof:
+    """Bytes."""
+    pieces = rotating_pieces()
+    return Roof(lambda: _C.read_memory(next(pieces)))
+
+
+def copy() -> Roof:
+    """Bytes, each counted where it is read and where it is written."""
+    pieces = rotating_pieces()
+
+    def run():
+        piece = next(pieces)
+        return _C.copy_memory(piece[: PIECE // 2], piece[PIECE // 2 :])
+
+    return Roof(run)
+
+
+def fitting(dtype: torch.dtype, flops: float, bytes_moved: float, memory_roof: str) -> dict[str, Roof]:
+    """The roofs that bound such work: "dot" where it multiplies, "read" or "copy" where it moves bytes."""
+    roofs = {"dot": dot(dtype)} if flops else {}
+    if bytes_moved:
+        roofs[memory_roof] = {"read": read, "copy": copy}[memory_roof]()
+    return roofs
