@@ -1,4 +1,5 @@
-// RMSNorm on the CPU: a row is read from memory once and stays in the cache for its second loop.
+// RMSNorm on the CPU: a row is read from memory once and stays in the cache for its second loop, which fetches the next
+// row meanwhile; the first loop fetches what only the second one touches.
 #include "norm.h"
 
 #include <type_traits>
@@ -8,6 +9,17 @@
 #include "../common/vec.h"
 
 namespace llamakern::LK_ISA {
+
+// fn(i, n, chain) over a row in vectors, as for_vectors: four sums side by side hide the latency of their additions.
+constexpr int kChains = 4;
+template <typename Fn>
+static inline __attribute__((always_inline)) void for_chains(int64_t count, const Fn& fn) {
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= count; i += kChains * kLanes)
+    for (int chain = 0; chain < kChains; ++chain) fn(i + chain * kLanes, Whole{}, chain);
+  for_vectors(count - i, [&](int64_t rest, auto n) { fn(i + rest, n, 0); });
+}
+static float sum(const Vec (&chains)[kChains]) { return sum((chains[0] + chains[1]) + (chains[2] + chains[3])); }
 
 // 1 / sqrt(mean(s²) + eps). Where Σ s² overflows, eps counts for nothing and s is measured in units of 2^80.
 template <typename T>
@@ -22,6 +34,12 @@ static float inverse_rms(const T* s, float sum_of_squares, float eps, int64_t C)
   return kUnit / std::sqrt(sum(squares) / float(C));
 }
 
+// The row after m, or m itself where there is none.
+template <typename T>
+static const T* next_row(const T* row, int64_t stride, int64_t m, int64_t M) {
+  return row && m + 1 < M ? row + stride : row;
+}
+
 template <typename T, typename W>
 static void norm_row(const RmsNorm<T, W>& p, int64_t m) {
   const T *x = p.x + m * p.x_row, *residual = p.residual ? p.residual + m * p.residual_row : nullptr;
@@ -34,16 +52,20 @@ static void norm_row(const RmsNorm<T, W>& p, int64_t m) {
       if (residual) return max(rounded, -rounded) < INFINITY ? rounded : load(x + c, n) + load(residual + c, n);
     return rounded;
   };
-  Vec squares{};
-  for_vectors(p.C, [&](int64_t c, auto n) {
+  T* y = p.y + m * p.C;
+  Vec squares[kChains]{};
+  for_chains(p.C, [&](int64_t c, auto n, int chain) {
+    __builtin_prefetch(y + c, 1);
     if (residual) store(sum_out + c, load(x + c, n) + load(residual + c, n), n);
     const Vec v = s_at(c, n);
-    squares = fma(v, v, squares);
+    squares[chain] = fma(v, v, squares[chain]);
   });
   const Vec r = broadcast(inverse_rms(s, sum(squares), p.eps, p.C));
-  T* y = p.y + m * p.C;
+  const T *next = next_row(x, p.x_row, m, p.M), *next_residual = next_row(residual, p.residual_row, m, p.M);
   const W* weight = p.weight;
   for_vectors(p.C, [=](int64_t c, auto n) {
+    __builtin_prefetch(next + c);
+    if (residual) __builtin_prefetch(next_residual + c);
     const Vec normed = s_at(c, n) * r;
     store(y + c, weight ? normed * load(weight + c, n) : normed, n);
   });
@@ -70,17 +92,22 @@ template <typename T, typename W>
 static void norm_row_backward(const RmsNormBackward<T, W>& p, int64_t m, float* dweight) {
   const T *s = p.s + m * p.s_row, *dy = p.dy + m * p.dy_row, *ds = p.ds ? p.ds + m * p.ds_row : nullptr;
   const W* weight = p.weight;
-  Vec squares{}, products{};
-  for_vectors(p.C, [&](int64_t c, auto n) {
+  T* dx = p.dx + m * p.C;
+  Vec squares[kChains]{}, products[kChains]{};
+  for_chains(p.C, [&](int64_t c, auto n, int chain) {
+    if (ds) __builtin_prefetch(ds + c);
+    __builtin_prefetch(dx + c, 1);
     const Vec v = load_sum(s + c, n);
     const Vec d = load(dy + c, n), g = weight ? d * load(weight + c, n) : d;
-    squares = fma(v, v, squares);
-    products = fma(g, v, products);
+    squares[chain] = fma(v, v, squares[chain]);
+    products[chain] = fma(g, v, products[chain]);
   });
   const float r1 = inverse_rms(s, sum(squares), p.eps, p.C);
   const Vec r = broadcast(r1), along = broadcast(sum(products) / float(p.C) * r1);  // mean(g·s)·r
-  T* dx = p.dx + m * p.C;
+  const T *next = next_row(s, p.s_row, m, p.M), *next_dy = next_row(dy, p.dy_row, m, p.M);
   for_vectors(p.C, [=](int64_t c, auto n) {
+    __builtin_prefetch(next + c);
+    __builtin_prefetch(next_dy + c);
     const Vec normed = load_sum(s + c, n) * r, d = load(dy + c, n), g = weight ? d * load(weight + c, n) : d;
     const Vec through = (g - normed * along) * r;
     store(dx + c, ds ? through + load(ds + c, n) : through, n);

@@ -6,7 +6,12 @@
 
 namespace llamakern::LK_ISA {
 
-static Vec sigmoid(Vec g) { return broadcast(1.0f) / (broadcast(1.0f) + exp(-g)); }
+// 1 / (1 + exp(-g)). Sixteen bits do not see that the product of a large g and log2(e) is rounded.
+template <typename T>
+static Vec sigmoid(Vec g) {
+  const Vec e = sizeof(T) == 2 ? exp2(g * -1.44269504f) : exp(-g);
+  return broadcast(1.0f) / (broadcast(1.0f) + e);
+}
 
 // fn(m, f, count) for pieces of rows that together are [M, F].
 template <typename Fn>
@@ -27,7 +32,7 @@ static void swiglu(const Swiglu<T>& p) {
     const T *gate = p.gate + m * p.gate_row + f, *up = p.up + m * p.up_row + f;
     for_vectors(count, [=](int64_t i, auto n) {
       const Vec g = load(gate + i, n);
-      store(y + i, g * sigmoid(g) * load(up + i, n), n);
+      store(y + i, g * sigmoid<T>(g) * load(up + i, n), n);
     });
   });
 }
@@ -39,7 +44,7 @@ static void swiglu_backward(const SwigluBackward<T>& p) {
     const T* dy = p.dy + m * p.dy_row + f;
     const T *gate = p.gate + m * p.gate_row + f, *up = p.up + m * p.up_row + f;
     for_vectors(count, [=](int64_t i, auto n) {
-      const Vec g = load(gate + i, n), d = load(dy + i, n), s = sigmoid(g), silu = g * s;
+      const Vec g = load(gate + i, n), d = load(dy + i, n), s = sigmoid<T>(g), silu = g * s;
       store(dup + i, d * silu, n);
       store(dgate + i, d * load(up + i, n) * (s + silu * (broadcast(1.0f) - s)), n);
     });
