@@ -4,7 +4,7 @@ VENV   := .venv/bin
 READY  := .venv/.ready
 ROOMS  := $(notdir $(patsubst %/,%,$(filter-out csrc/common/,$(wildcard csrc/*/))))
 
-.PHONY: env build demo test compat lint format bench sanitize neon profile clean
+.PHONY: env build demo test compat lint format bench bench-models sanitize neon profile clean
 .DEFAULT_GOAL := test
 
 env: $(READY) build
@@ -57,6 +57,15 @@ bench: env
 	if LLAMAKERN_ISA=avx2 $(VENV)/python -c "import llamakern; llamakern._C.isa()" 2> /dev/null; then \
 	  LLAMAKERN_ISA=avx2 $(BENCH) attention nf4 --json $(RESULTS)/avx2 --plot \
 	    && $(VENV)/python benchmarks/report.py $(RESULTS)/avx2 --rows > $(RESULTS)/avx2/README.md || exit 1; fi
+	$(VENV)/python benchmarks/report.py $(RESULTS) > $(RESULTS)/README.md
+
+# Whole models against transformers, PEFT, bitsandbytes and llama.cpp, all of them in .venv: half an hour.
+bench-models: env
+	$(VENV)/python benchmarks/bench_generate.py --json $(RESULTS) --plot
+	$(VENV)/python benchmarks/bench_train.py --method qlora --json $(RESULTS) --plot
+	$(VENV)/python benchmarks/bench_train.py --method lora --json $(RESULTS) --plot
+	$(VENV)/python benchmarks/bench_train.py --method qlora --curve --json $(RESULTS) --plot
+	$(VENV)/python benchmarks/bench_transformers.py --json $(RESULTS)/transformers.json
 	$(VENV)/python benchmarks/report.py $(RESULTS) > $(RESULTS)/README.md
 
 # The room tests on a build with the address and undefined-behaviour sanitizers. SANITIZE_TESTS=tests/test_rope.py for a part.

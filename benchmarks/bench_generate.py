@@ -23,10 +23,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENI
 
 import torch
 from random_llama import Shape, make_model, write_gguf
-from timing import Table
 
 import llamakern
-from llamakern.bench import roofs
+from llamakern.bench import Table, roofs
 from llamakern.bench.table import add_arguments, against_roofs, summary
 
 CONTESTANTS = {

@@ -11,6 +11,7 @@ transformers' Trainer, and with adapters in bfloat16; the fastest of these count
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -262,7 +263,10 @@ def main():
     args = parse()
     if args.child:
         return child(args.child)
-    title = Table(f"train_{args.method}" + "_curve" * args.curve, args, axis="T" if args.curve else "")
+    title = Table(f"train_{args.preset or args.method}" + "_curve" * args.curve, args, axis="T" if args.curve else "")
+    missing = args.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None
+    absent = dict.fromkeys(RIVALS, "bitsandbytes is not installed") if missing else {}
+    names = [name for name in args.only or ("ours", *RIVALS) if name not in absent]
     task = {"method": args.method, "preset": args.preset, "folder": ""}
     if args.preset:
         config = LlamaConfig.preset(args.preset)
@@ -275,11 +279,9 @@ def main():
         write_checkpoint(Shape(T=max(CURVE)), Path(folder))
         for B, T in [(1, T) for T in CURVE] if args.curve else [(args.batch, args.tokens)]:
             shape = Shape(B=B, T=T)
-            found = race(
-                task | {"folder": folder, "shape": asdict(shape)}, args.only or ["ours", *RIVALS], args.steps, WARM
-            )
+            found = race(task | {"folder": folder, "shape": asdict(shape)}, names, args.steps, WARM)
             label = f"C={shape.C} {shape.layers} layers V={shape.V} B={B} T={T}"
-            details(title.add(row(label, B * T, found, shape.flops())))
+            details(title.add(row(label, B * T, found, shape.flops()) | {"absent": absent}))
     return title.done()
 
 

@@ -6,6 +6,7 @@ compares one step of the patched model with one over bitsandbytes.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -19,9 +20,9 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
-from timing import machine
 
 import llamakern
+from llamakern.bench.table import machine, write_table
 from llamakern.nn import quantize_
 from llamakern.runs import peak_memory_mb
 
@@ -182,22 +183,26 @@ def main():
         return
     shape = SMALL if args.small else Shape()
     print(f"QLoRA step in transformers' Trainer\n{machine()}\n{shape}")
+    wanted, missing = args.only or CONTESTANTS, importlib.util.find_spec("bitsandbytes") is None
+    absent = {name: "not installed" for name in wanted if missing and name.startswith("bitsandbytes")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(shape, folder)
-        found = race(shape, folder, args.only or list(CONTESTANTS), args.rounds, args.steps)
-        checked = in_child("verify", shape, folder, args.steps)
+        found = race(shape, folder, [name for name in wanted if name not in absent], args.rounds, args.steps)
+        checked = {"table": "absent"} if absent else in_child("verify", shape, folder, args.steps)
     ours = next(iter(found.values()))["ms"]
     for name, run in found.items():
         losses = f"loss {run['losses'][0]:.4f} -> {run['losses'][-1]:.4f}"
         speed = f"{run['ms']:9.1f} ms ({run['ms'] / ours:5.2f}x) {run['tokens_per_s']:8.0f} tokens/s"
         print(f"{name:21s} {speed} {run['memory_mb']:7.0f} MB  {losses}")
+    for name, why in absent.items():
+        print(f"{name:21s} absent ({why})")
     print(f"\nverify: bitsandbytes, and patched\n{checked['table']}")
     if args.json:
         label = f"QLoRA C={shape.C} {shape.layers} layers V={shape.V} B={shape.B} T={shape.T} bfloat16"
         row = {"shape": label, "ms": {name: run["ms"] for name, run in found.items()}}
-        row |= {"flops": shape.flops(), "bytes": 0, "error": None, "runs": found, "verify": checked}
-        args.json.write_text(json.dumps({"title": "transformers", "machine": machine(), "rows": [row]}, indent=1))
+        row |= {"absent": absent, "flops": shape.flops(), "bytes": 0, "error": None, "runs": found, "verify": checked}
+        write_table(args.json, {"title": "transformers", "axis": "", "machine": machine(), "rows": [row]})
 
 
 if __name__ == "__main__":

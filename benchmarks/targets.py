@@ -26,7 +26,7 @@ EVAL = ("bitsandbytes eval",)
 BITSANDBYTES = ("bitsandbytes eval", "bitsandbytes training")
 LLAMA_CPP = ("llama.cpp", "llama.cpp flash")
 PEFT = ("as PEFT sets it up", "autocast", "bfloat16 adapters")  # transformers + PEFT, over bitsandbytes for qlora
-TRAIN = "C=1024 8 layers V=32000 B=2 T=512 bfloat16"
+TRAIN = "C=1024 8 layers V=32000 B=2 T=512"
 
 
 def attention() -> list[Target]:
@@ -72,7 +72,7 @@ TARGETS = [
     lora(512, 0.025),
     Target("generate", "decode prompt=512", "times", 1.3, LLAMA_CPP),
     Target("generate", "prefill prompt=512", "times", 1.6, LLAMA_CPP),
-    Target("train_qlora", f"qlora {TRAIN}", "times", 2.5, PEFT),
-    Target("train_qlora", f"qlora {TRAIN}", "memory", 2.0, PEFT),
-    Target("train_lora", f"lora {TRAIN}", "times", 2.5, PEFT),
+    Target("train_qlora", TRAIN, "times", 2.5, PEFT),
+    Target("train_qlora", TRAIN, "memory", 2.0, PEFT),
+    Target("train_lora", TRAIN, "times", 2.5, PEFT),
 ]

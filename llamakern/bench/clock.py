@@ -25,10 +25,8 @@ def take_turns(contestants: dict[str, Callable], *, seconds: float, at_least: in
     """Seconds of every turn. All contestants have `seconds` each on average, and no fewer than `at_least` turns.
 
     They take turns, so that a slow moment of the machine hits all alike, and so that the times of one turn may be
-    divided by each other. Each runs once before, unmeasured.
+    divided by each other. Each must have run once before.
     """
-    for fn in contestants.values():
-        fn()
     times, turns = {name: [] for name in contestants}, 0
     end = time.perf_counter() + seconds * len(contestants)
     while turns < at_least or time.perf_counter() < end:
@@ -41,7 +39,9 @@ def take_turns(contestants: dict[str, Callable], *, seconds: float, at_least: in
 
 
 def race(contestants: dict[str, Callable], *, seconds: float = 1.0, at_least: int = 5) -> dict[str, float]:
-    """{name: fn} -> {name: median seconds}, by `take_turns`."""
+    """{name: fn} -> {name: median seconds}, by `take_turns` after one run of each that is not measured."""
+    for fn in contestants.values():
+        fn()
     times = take_turns(contestants, seconds=seconds, at_least=at_least)
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -22,21 +22,21 @@ def two_passes(y, x, lora_a, lora_b):
 
 
 def dense_rows(table, label, dtype, *, M, N, K, R=16):
-    _, dense, _, _ = nf4.weights(N, K, dtype)
+    _, _, dense, _, _ = nf4.weights(N, K, dtype)
     contestants = {
         "ours": lambda x, a, b: ops.lora_linear(x, dense(), a, b, scale=SCALE),
         "two passes": lambda x, a, b: two_passes(F.linear(x, dense()), x, a, b),
         "without LoRA": lambda x, a, b: F.linear(x, dense()),
     }
     both = ops.lora_linear, lora_linear_reference
-    add_rows(table, label, dtype, contestants, contestants, (dense(),), both, (M, N, K, R))
+    add_rows(table, label, dtype, contestants, contestants, {"w": dense()}, both, (M, N, K, R))
 
 
 def nf4_rows(table, label, dtype, *, M, N, K, R=16):
-    packed, _, in_eval, in_training = nf4.weights(N, K, dtype)
+    packed, _, _, in_eval, in_training = nf4.weights(N, K, dtype)
     ours = {
-        "ours": lambda x, a, b: ops.nf4_lora_linear(x, *packed(), a, b, scale=SCALE),
-        "without LoRA": lambda x, a, b: ops.nf4_linear(x, *packed()),
+        "ours": lambda x, a, b: ops.nf4_lora_linear(x, lora_a=a, lora_b=b, scale=SCALE, **packed()),
+        "without LoRA": lambda x, a, b: ops.nf4_linear(x, **packed()),
     }
 
     def theirs(layers):
@@ -51,16 +51,16 @@ def nf4_rows(table, label, dtype, *, M, N, K, R=16):
 def add_rows(table, label, dtype, forward, training, base, both, shape):
     """forward, training: {name: (x, lora_a, lora_b) -> y, or why it is absent}, each with a weight that it finds cold.
 
-    both: the op and its reference, to be compared over `base`.
+    base, both: the arguments that are its weight, and the op and its reference to be compared over them.
     """
     M, N, K, R = shape
     x, lora_a = torch.randn(M, K).to(dtype), torch.randn(R, K).mul(0.02).to(dtype)
     lora_b, dy, few = torch.randn(N, R).mul(0.02).to(dtype), torch.randn(M, N).to(dtype), slice(0, nf4.CHECKED)
     flops = 2 * M * (N * K + N * R + K * R)
-    bytes_moved = sum(t.nbytes for t in base) + (M * (N + K) + R * (N + K)) * dtype.itemsize
-
-    (op, reference), wide = both, [t.double() if t.is_floating_point() else t for t in base]
-    truth = reference(x[few].double(), *wide, lora_a.double(), lora_b.double(), scale=SCALE)
+    bytes_moved = sum(t.nbytes for t in base.values() if torch.is_tensor(t)) + (M + R) * (N + K) * dtype.itemsize
+    (op, reference), wide = both, base if "absmax" in base else {"w": base["w"].double()}
+    adapter = {"lora_a": lora_a, "lora_b": lora_b, "scale": SCALE}
+    truth = reference(x[few].double(), lora_a=lora_a.double(), lora_b=lora_b.double(), scale=SCALE, **wide)
 
     def once(fn):
         return fn if isinstance(fn, str) else lambda: fn(x, lora_a, lora_b)
@@ -70,7 +70,7 @@ def add_rows(table, label, dtype, forward, training, base, both, shape):
         return fn if isinstance(fn, str) else lambda: torch.autograd.grad(fn(*leaves), leaves, dy, allow_unused=True)
 
     with torch.no_grad():
-        error = relative_error(op(x, *base, lora_a, lora_b, scale=SCALE)[few], truth)
+        error = relative_error(op(x, **base, **adapter)[few], truth)
         contestants = {name: once(fn) for name, fn in forward.items()}
         table.row(label, contestants, flops=flops, bytes_moved=bytes_moved, error=error, dtype=dtype)
     contestants = {name: step(fn) for name, fn in training.items()}

@@ -1,7 +1,7 @@
 """NF4 linear from packed bytes against bitsandbytes and against torch's dense linear, which reads four times the bytes.
 
 bitsandbytes runs in its two modes: "bitsandbytes eval" repacks the weight and has no backward; "bitsandbytes training"
-is what a QLoRA step calls.
+is what a QLoRA step calls. "ours double-quantised" reads scales of 8 bits.
 """
 
 from functools import lru_cache
@@ -13,6 +13,8 @@ from llamakern import ops
 from llamakern.bench import rivals
 from llamakern.bench.cases import Case
 from llamakern.bench.clock import Rotating, relative_error
+from llamakern.bench.models import random_nf4
+from llamakern.nn import large_pages_
 from llamakern.ops.nf4 import nf4_dequantize_reference, nf4_linear_reference
 
 LAYERS = {
@@ -28,9 +30,11 @@ def packed_bytes(N: int, K: int) -> int:
     return N * K * 9 // 16
 
 
-def random_packed(N: int, K: int):
-    """Bytes and scales of a weight of standard deviation 0.02 or so."""
-    return torch.randint(0, 256, (N, K // 2), dtype=torch.uint8), 0.03 + 0.01 * torch.rand(N, K // 64)
+def random_packed(N: int, K: int, *, double_quant: bool = False) -> dict:
+    """A weight as a loaded model holds it: what every nf4 op wants to know of it."""
+    layer = random_nf4(K, N, double_quant)
+    large_pages_(layer)
+    return {name: part.detach() if torch.is_tensor(part) else part for name, part in layer.packed.items()}
 
 
 @lru_cache(maxsize=1)
@@ -38,6 +42,7 @@ def weights(N: int, K: int, dtype: torch.dtype):
     """What the rows of one layer share: packed, dense, and bitsandbytes' layers in eval and in training mode."""
     return (
         Rotating(lambda: random_packed(N, K), bytes_each=packed_bytes(N, K)),
+        Rotating(lambda: random_packed(N, K, double_quant=True), bytes_each=packed_bytes(N, K)),
         Rotating(lambda: torch.empty(N, K, dtype=dtype).normal_(std=0.02), bytes_each=N * K * dtype.itemsize),
         rivals.bitsandbytes_layers(N, K, dtype, training=False),
         rivals.bitsandbytes_layers(N, K, dtype, training=True),
@@ -45,36 +50,39 @@ def weights(N: int, K: int, dtype: torch.dtype):
 
 
 def rows(table, label, dtype, *, M, N, K, backward=1):
-    packed, dense, in_eval, in_training = weights(N, K, dtype)
+    packed, double, dense, in_eval, in_training = weights(N, K, dtype)
     x, few = torch.randn(M, K).to(dtype), slice(0, CHECKED)
     sizes = {"flops": 2 * M * N * K, "bytes_moved": packed_bytes(N, K) + M * (N + K) * dtype.itemsize, "dtype": dtype}
-    weight, absmax = packed()
+    one = packed()
     table.row(
         label,
         {
-            "ours": lambda: ops.nf4_linear(x, *packed()),
+            "ours": lambda: ops.nf4_linear(x, **packed()),
             "dense": lambda: F.linear(x, dense()),
             "bitsandbytes eval": rivals.forward(in_eval, x),
             "bitsandbytes training": rivals.forward(in_training, x),
+            "ours double-quantised": lambda: ops.nf4_linear(x, **double()),
         },
         **sizes,
-        error=relative_error(
-            ops.nf4_linear(x, weight, absmax)[few], nf4_linear_reference(x[few].double(), weight, absmax)
-        ),
+        error=relative_error(ops.nf4_linear(x, **one)[few], nf4_linear_reference(x[few].double(), **one)),
     )
     if not backward or M < 16:
         return
-    dy, dx = torch.randn(M, N).to(dtype), torch.ops.llamakern.nf4_linear_backward
-    truth = dy[few].double() @ nf4_dequantize_reference(weight, absmax).double()
+    dy = torch.randn(M, N).to(dtype)
+    truth = dy[few].double() @ nf4_dequantize_reference(**one).double()
+
+    def dx(weight, absmax, **_):
+        return torch.ops.llamakern.nf4_linear_backward(dy, weight, absmax, None, None, N, K, 64)
+
     table.row(
         f"{label} dx",
         {
-            "ours": lambda: dx(dy, *packed(), None, None, N, K, 64),
+            "ours": lambda: dx(**packed()),
             "dense": lambda: dy @ dense(),
             "bitsandbytes training": rivals.backward(in_training, x, dy),
         },
         **sizes,
-        error=relative_error(dx(dy, weight, absmax, None, None, N, K, 64)[few], truth),
+        error=relative_error(dx(**one)[few], truth),
     )
 
 

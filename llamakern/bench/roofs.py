@@ -8,7 +8,9 @@ All are kernels of our own (csrc/common/roof.h), on all threads. They serve as a
 virtual machine drifts by tens of percent within minutes, and what a kernel reached means something only beside it.
 """
 
+import mmap
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -22,8 +24,14 @@ FLOPS = 2e8  # of one turn and thread, about half a millisecond
 
 @cache
 def memory() -> torch.Tensor:
-    """Bytes that no cache holds, all of them written once: untouched pages would be one page."""
-    return torch.ones(max(8 * PIECE, 4 * CACHE // PIECE * PIECE), dtype=torch.uint8)
+    """Bytes that no cache holds, in large pages where the system has them, as a model's packed weights are.
+
+    All of them are written once: untouched pages would be one page.
+    """
+    pages = mmap.mmap(-1, max(8 * PIECE, 4 * CACHE // PIECE * PIECE))
+    with suppress(AttributeError, OSError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
 
 
 def rotating_pieces():
