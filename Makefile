@@ -48,11 +48,15 @@ format: $(READY)
 	$(VENV)/ruff format -q .
 	$(VENV)/clang-format -i $$(git ls-files 'csrc/*' 'bindings/*' | grep -E '\.(h|cpp)$$')
 
-# One table per room: make bench RESULTS=benchmarks/results/mine keeps them as JSON and as one page.
+# All tables, curves and pictures, and one page of them: make bench RESULTS=benchmarks/results/mine keeps them.
 RESULTS ?= build/results
+BENCH   := $(VENV)/python -m llamakern bench
 bench: env
-	mkdir -p $(RESULTS)
-	for room in $(ROOMS); do $(VENV)/python benchmarks/bench_$$room.py --json $(RESULTS)/$$room.json || exit 1; done
+	$(BENCH) --json $(RESULTS) --plot
+	$(BENCH) --curve --json $(RESULTS) --plot
+	if LLAMAKERN_ISA=avx2 $(VENV)/python -c "import llamakern; llamakern._C.isa()" 2> /dev/null; then \
+	  LLAMAKERN_ISA=avx2 $(BENCH) attention nf4 --json $(RESULTS)/avx2 --plot \
+	    && $(VENV)/python benchmarks/report.py $(RESULTS)/avx2 --rows > $(RESULTS)/avx2/README.md || exit 1; fi
 	$(VENV)/python benchmarks/report.py $(RESULTS) > $(RESULTS)/README.md
 
 # The room tests on a build with the address and undefined-behaviour sanitizers. SANITIZE_TESTS=tests/test_rope.py for a part.

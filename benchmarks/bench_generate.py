@@ -23,9 +23,11 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENI
 
 import torch
 from random_llama import Shape, make_model, write_gguf
-from timing import machine
+from timing import Table
 
 import llamakern
+from llamakern.bench import roofs
+from llamakern.bench.table import add_arguments, against_roofs, summary
 
 CONTESTANTS = {
     "llamakern": "llamakern, NF4, absmax in float32",
@@ -35,6 +37,7 @@ CONTESTANTS = {
     "bitsandbytes": "transformers' generate over bitsandbytes' NF4",
     "bfloat16": "transformers' generate, dense bfloat16",
 }
+OURS = {"llamakern": "", "llamakern double": " double-quantised"}  # and what their rows are called
 BITS = {"llamakern": 4.5, "llamakern double": 4.127, "llama.cpp": 4.5, "llama.cpp flash": 4.5, "bitsandbytes": 4.5}
 NEEDS = {"llama.cpp": "llama_cpp", "bitsandbytes": "bitsandbytes", "bfloat16": "transformers"}
 SMALL = Shape(C=256, FFN=704, layers=2, H=8, Hkv=2, V=2048)
@@ -191,73 +194,68 @@ class Child:
         self.process.wait()
 
 
-def read_roof() -> float:
-    """Bytes a second of a plain read of memory by all threads: the best of a few."""
-    data = torch.ones(1 << 27)
-    times = []
-    for _ in range(4):
+def rate(roof: roofs.Roof) -> float:
+    """What the machine does at that moment: the middle of a few turns."""
+    found = []
+    for _ in range(9):
         start = time.perf_counter()
-        data.amax()
-        times.append(time.perf_counter() - start)
-    return data.nbytes / min(times[1:])
+        roof()
+        found.append(roof.work / (time.perf_counter() - start))
+    return statistics.median(found)
 
 
-def race(names: list[str], shape: Shape, args, folder: Path) -> tuple[dict[str, dict], float]:
+def race(names: list[str], shape: Shape, args, folder: Path) -> tuple[dict, dict, dict]:
+    """Seconds of a prefill and of a token in each round, {name: list} both, and the roofs beside them."""
     gguf = folder / "model.gguf"
     if any(name.startswith("llama.cpp") for name in names):
         write_gguf(shape, args.prompt + args.new, gguf)
-    children, roofs = [], []
+    children, beside = [], {"dot": roofs.dot(torch.bfloat16), "read": roofs.read()}
+    prefill, token = ({name: [] for name in names} for _ in range(2))
+    rates = {name: [] for name in beside}
     try:
         for name in names:
             children.append(Child(name, shape, args, gguf))
             print(f"  {name} is ready", file=sys.stderr)
-        runs = {name: [] for name in names}
         for _ in range(args.rounds):
-            roofs.append(read_roof())
+            for name, roof in beside.items():
+                rates[name].append(rate(roof))
             for one in children:
                 time.sleep(0.1)  # until the other's threads sleep
-                runs[one.name].append(one.run(args.new))
+                first, then = one.run(args.new)
+                prefill[one.name].append(first)
+                token[one.name].append(then)
     finally:
         for one in children:
             one.close()
-    found = {}
-    for name, some in runs.items():
-        prefill, token = (statistics.median(times) for times in zip(*some, strict=True))
-        found[name] = {"prefill_ms": prefill * 1e3, "token_ms": token * 1e3}
-    return found, statistics.median(roofs)
+    return prefill, token, rates
 
 
-def present(name: str) -> bool:
+def missing(name: str) -> str | None:
+    """Why a contestant cannot run."""
     needs = NEEDS.get(name.removesuffix(" flash"))
-    if needs is None or importlib.util.find_spec(needs):
-        return True
-    print(f"{name}: absent, {needs} is not installed")
-    return False
+    return None if needs is None or importlib.util.find_spec(needs) else f"{needs} is not installed"
+
+
+def row(label: str, first: str, times: dict, rates: dict, *, flops: int, bytes_moved: int, tokens: int) -> dict:
+    """A line of the table with `first` as ours."""
+    times = {first: times[first]} | {name: some for name, some in times.items() if name != first}
+    line = {"shape": label, **summary(times), "flops": flops, "bytes": bytes_moved}
+    line |= against_roofs(times[first], rates, flops, bytes_moved)
+    return line | {"error": None, "turns": len(times[first]), "tokens": tokens}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     parser.add_argument("--small", action="store_true", help="a model that takes seconds")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--new", type=int, default=64, help="tokens made after it")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (%(default)s)")
+    parser.add_argument("--new", type=int, default=64, help="tokens made after it (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (%(default)s)")
     parser.add_argument("--only", choices=CONTESTANTS, action="append", help="this contestant, may be repeated")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--gguf", help=argparse.SUPPRESS)
     parser.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def show(name: str, run: dict, base: dict | None, shape: Shape, prompt: int, roof: float) -> None:
-    tokens_per_s, prefill_per_s = 1e3 / run["token_ms"], prompt * 1e3 / run["prefill_ms"]
-    rate = shape.weights() * BITS.get(name, 16) / 8 * tokens_per_s
-    flops = shape.prefill_flops(prompt) / run["prefill_ms"] * 1e3
-    ratios = [f"({base[key] / run[key]:4.2f}x)" if base else "" for key in ("token_ms", "prefill_ms")]
-    print(
-        f"{CONTESTANTS[name]:46s} {tokens_per_s:7.1f} tokens/s {ratios[0]} {rate / 1e9:5.1f} GB/s {rate / roof:4.0%}"
-        f"   prefill {prefill_per_s:7.1f} tokens/s {ratios[1]} {flops / 1e9:6.0f} GFLOP/s"
-    )
 
 
 def main():
@@ -265,33 +263,29 @@ def main():
     if args.child:
         child(args.child, Shape(**args.shape), args.prompt, args.new, args.gguf)
         return
-    shape = SMALL if args.small else Shape()
-    print(f"Generation after a prompt of {args.prompt} tokens\n{machine()}\n{shape}")
-    names = [name for name in args.only or CONTESTANTS if present(name)]
+    shape, table = SMALL if args.small else Shape(), Table("generate", args)
+    wanted = args.only or list(CONTESTANTS)
+    absent = {name: why for name in wanted if (why := missing(name))}
     with tempfile.TemporaryDirectory() as folder:
-        found, roof = race(names, shape, args, Path(folder))
-    rivals = [run for name, run in found.items() if name.startswith("llama.cpp")]
-    base = {key: min(run[key] for run in rivals) for key in ("token_ms", "prefill_ms")} if rivals else None
-    print(f"read roof {roof / 1e9:.1f} GB/s; ratios are to the better of llama.cpp's two ways")
-    for name, run in found.items():
-        show(name, run, base, shape, args.prompt, roof)
-    if args.json:
-        rows = [
-            {
-                "shape": f"{what} prompt={args.prompt}",
-                "ms": {name: run[key] for name, run in found.items()},
-                "flops": flops,
-                "bytes": bytes_moved,
-                "error": None,
-            }
-            for what, key, flops, bytes_moved in (
-                ("decode", "token_ms", 2 * shape.weights(), int(shape.weights() * BITS["llamakern"] / 8)),
-                ("prefill", "prefill_ms", shape.prefill_flops(args.prompt), 0),
+        prefill, token, rates = race([name for name in wanted if name not in absent], shape, args, Path(folder))
+    for name, some in token.items():
+        per_s, prefill_per_s = 1 / statistics.median(some), args.prompt / statistics.median(prefill[name])
+        read = shape.weights() * BITS.get(name, 16) / 8 * per_s
+        speed = f"{per_s:7.1f} tokens/s, {read / 1e9:5.1f} GB/s of weights"
+        print(f"{CONTESTANTS[name]:46s} {speed}   prefill {prefill_per_s:7.1f} tokens/s")
+    for name, kind in OURS.items():
+        if name in token:
+            rest = {other: some for other, some in token.items() if other == name or other not in OURS}
+            amounts = {"flops": 2 * shape.weights(), "bytes_moved": int(shape.weights() * BITS[name] / 8)}
+            line = row(f"decode{kind} prompt={args.prompt}", name, rest, {"read": rates["read"]}, tokens=1, **amounts)
+            table.add(line | {"absent": absent})
+            rest = {other: prefill[other] for other in rest}
+            amounts = {"flops": shape.prefill_flops(args.prompt), "bytes_moved": 0}
+            line = row(
+                f"prefill{kind} prompt={args.prompt}", name, rest, {"dot": rates["dot"]}, tokens=args.prompt, **amounts
             )
-        ]
-        args.json.write_text(
-            json.dumps({"title": "generate", "machine": machine(), "roof": roof, "rows": rows}, indent=1)
-        )
+            table.add(line | {"absent": absent})
+    table.done()
 
 
 if __name__ == "__main__":

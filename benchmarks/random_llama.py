@@ -1,7 +1,6 @@
 """A LLaMA of any shape with random 4-bit weights, head and all: as a GGUF file for llama.cpp, and as our own model.
 
-Speed does not depend on what the weights are, as long as activations stay finite: they have a standard deviation of
-about 0.02. No dense weight is ever made.
+Speed does not depend on what the weights are, as long as activations stay finite. No dense weight is ever made.
 """
 
 from dataclasses import dataclass
@@ -9,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
+from llamakern.bench.models import random_model
 from llamakern.config import LlamaConfig
 from llamakern.model import Llama
-from llamakern.nn import NF4Linear
 
 STD = 0.02
 Q4_0_BLOCK, Q4_0_BYTES = 32, 18  # weights of a block; its float16 scale and 16 bytes of codes
@@ -56,33 +54,9 @@ class Shape:
 
 def make_model(shape: Shape, max_seq_len: int, *, double_quant: bool = False) -> Llama:
     """Our model: NF4 in blocks of 64 everywhere, bfloat16 embedding and norms."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Llama(shape.config(max_seq_len)).to(torch.bfloat16)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, _random_nf4(child.in_features, child.out_features, double_quant))
-    model.embed_tokens = nn.Embedding(shape.V, shape.C, dtype=torch.bfloat16)
-    nn.init.normal_(model.embed_tokens.weight, std=STD)
-    for module in model.modules():
-        if getattr(module, "weight", None) is not None and module.weight.is_meta:
-            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16))
+    config = shape.config(max_seq_len)
+    model = random_model(config, torch.bfloat16, nf4=True, double_quant=double_quant, head=True)
     return model.eval().requires_grad_(False)
-
-
-def _random_nf4(K: int, N: int, double_quant: bool) -> NF4Linear:
-    made = NF4Linear(K, N, double_quant=double_quant)
-    made.weight.view(torch.int64).random_()
-    absmax = torch.empty(made.absmax.shape).uniform_(0.9 * 2 * STD, 1.1 * 2 * STD)
-    if double_quant:
-        from llamakern.ops import nf4_double_quantize
-
-        codes, scale, offset = nf4_double_quantize(absmax)
-        made.absmax.copy_(codes), made.absmax_scale.copy_(scale), made.absmax_offset.copy_(offset)
-    else:
-        made.absmax.copy_(absmax)
-    return made
 
 
 def write_gguf(shape: Shape, max_seq_len: int, path: Path) -> None:

@@ -1,11 +1,16 @@
-"""Result files to Markdown: `python benchmarks/report.py benchmarks/results/MACHINE [--highlights | --trainer]`.
+"""Result files to Markdown: `python benchmarks/report.py FOLDER [--rows | --highlights | --trainer | --targets]`.
 
-The README's tables are the outputs with --highlights and with --trainer; a test holds them together.
+By itself it prints the folder's page: all rows, all pictures, the targets. With --write PAGE it puts the tables between
+the marks `<!-- table: highlights -->` and `<!-- end -->` of that page, as in the README; a test holds them together.
 """
 
 import argparse
-import json
+import re
 from pathlib import Path
+
+from targets import TARGETS, Target
+
+from llamakern.bench.table import read_table, times_ours
 
 HIGHLIGHTS = [
     ("attention", "llama3-8b T=2048 bfloat16 forward"),
@@ -13,15 +18,16 @@ HIGHLIGHTS = [
     ("attention", "llama3-8b T=2048 float32 forward"),
     ("attention", "llama3-8b T=2048 float32 backward"),
     ("attention", "llama3-8b S=8192 bfloat16 decode"),
-    ("nf4", "mlp 11008x4096 M=1 bfloat16"),
-    ("nf4", "mlp 11008x4096 M=64 bfloat16"),
-    ("nf4", "mlp 11008x4096 M=512 bfloat16"),
-    ("nf4", "mlp 11008x4096 M=512 dx bfloat16"),
-    ("lora", "dense M=512 bfloat16"),
-    ("lora", "dense M=512 bfloat16 training"),
-    ("lora", "nf4 M=512 bfloat16 training"),
-    ("loss", "C=4096 V=32000 M=1024 bfloat16 loss, dh"),
-    ("loss", "C=4096 V=32000 M=1024 bfloat16 loss, dh, dw"),
+    ("nf4", "llama-7b up_proj 11008x4096 M=1 bfloat16"),
+    ("nf4", "llama-7b up_proj 11008x4096 M=16 bfloat16"),
+    ("nf4", "llama-7b up_proj 11008x4096 M=64 bfloat16"),
+    ("nf4", "llama-7b up_proj 11008x4096 M=512 bfloat16"),
+    ("nf4", "llama-7b up_proj 11008x4096 M=512 bfloat16 dx"),
+    ("lora", "llama-7b q_proj 4096x4096 dense M=512 bfloat16"),
+    ("lora", "llama-7b q_proj 4096x4096 dense M=512 bfloat16 training"),
+    ("lora", "llama-7b q_proj 4096x4096 nf4 M=512 bfloat16 training"),
+    ("loss", "llama-7b V=32000 M=512 bfloat16 loss, dh"),
+    ("loss", "llama-7b V=32000 M=512 bfloat16 loss, dh, dw"),
     ("norm", "llama-7b M=512 bfloat16 +residual"),
     ("swiglu", "llama-7b M=512 bfloat16"),
     ("rope", "llama3-8b T=2048 bfloat16"),
@@ -30,20 +36,37 @@ HIGHLIGHTS = [
 
 def line(room: str, row: dict) -> str:
     (_, ours), *rivals = row["ms"].items()
-    against = ", ".join(f"{name} {ms:.3g} ms ({ms / ours:.2f}x)" for name, ms in rivals)
-    rate = f"{row['flops'] / ours / 1e6:.0f} GFLOP/s" if row["flops"] else f"{row['bytes'] / ours / 1e6:.1f} GB/s"
-    return f"| {room} | {row['shape']} | {ours:.3g} ms | {against} | {rate} |"
+    against = [f"{name} {ms:.3g} ms ({times_ours(row, name):.2f}x)" for name, ms in rivals]
+    against += [f"{name} absent: {why}" for name, why in row.get("absent", {}).items()]
+    work, unit = (row["bytes"], "GB/s") if row.get("bound") in ("read", "copy") else (row["flops"], "GFLOP/s")
+    work, unit = (work, unit) if work else (row["bytes"], "GB/s")
+    rate = f"{work / ours / 1e6:.{0 if unit == 'GFLOP/s' else 1}f} {unit}" if work else ""
+    share = f"{row['share'][1]:.0%} of {row['bound']}" if row.get("share") else ""
+    return f"| {room} | {row['shape']} | {ours:.3g} ms | {', '.join(against)} | {rate} | {share} |"
+
+
+def results_of(folder: Path) -> dict[str, dict]:
+    return {path.stem: read_table(path) for path in sorted(folder.glob("*.json"))}
+
+
+def facts(results: dict[str, dict]) -> str:
+    """The machine of all tables. ValueError if they come from several."""
+    machines = [result["machine"] for result in results.values()]
+    told = {f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}" for m in machines}
+    if len(told) != 1:
+        raise ValueError(f"report: results of a folder must come from one machine, got {'; '.join(sorted(told))}")
+    dates = sorted({m["date"] for m in machines})
+    return f"{told.pop()}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
 
 
 def report(folder: Path, highlights: bool = False) -> str:
     """The table of a folder of result files, or the chosen rows of it."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    m = next(iter(results.values()))["machine"]
+    results = results_of(folder)
     lines = [
-        f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, {m['date']}.",
+        facts(results),
         "",
-        "| room | shape | ours | the others, and how many times as long they take | ours reaches |",
-        "|---|---|---|---|---|",
+        "| room | shape | ours | the others, and how many times as long they take | ours reaches | of the roof |",
+        "|---|---|---|---|---|---|",
     ]
     for room, result in results.items():
         for row in result["rows"]:
@@ -52,9 +75,40 @@ def report(folder: Path, highlights: bool = False) -> str:
     return "\n".join(lines)
 
 
+def reached(row: dict, target: Target) -> float | None:
+    """The value that the row has for the target, or None where the rivals were absent."""
+    if target.measure == "share":
+        return row["share"][1] if row.get("share") else None
+    if target.measure == "times":
+        values = [times_ours(row, rival) for rival in target.rivals if rival in row["ms"]]
+    else:
+        runs = row["runs"]
+        values = [runs[rival]["memory_mb"] / runs["ours"]["memory_mb"] for rival in target.rivals if rival in runs]
+    return min(values, default=None)
+
+
+def judge(folder: Path, target: Target) -> str:
+    """One line: what was wanted, what was reached, met or missed."""
+    file = folder / f"{target.table}.json"
+    rows = {row["shape"]: row for row in read_table(file)["rows"]} if file.is_file() else {}
+    value = reached(rows[target.row], target) if target.row in rows else None
+    of = "of the roof" if target.measure == "share" else f"{target.measure} of {' or '.join(target.rivals)}"
+    form = "{:.0%}" if target.measure == "share" else "{:.2f}"
+    if value is None:
+        return f"| {target.table} | {target.row} | {of} | {form.format(target.least)} | not measured | |"
+    verdict = "met" if value >= target.least else "**missed**"
+    return f"| {target.table} | {target.row} | {of} | {form.format(target.least)} | {form.format(value)} | {verdict} |"
+
+
+def targets(folder: Path) -> str:
+    """Each target of targets.py, and whether it is met."""
+    head = ["| table | row | measure | at least | reached | |", "|---|---|---|---|---|---|"]
+    return "\n".join(head + [judge(folder, target) for target in TARGETS])
+
+
 def trainer(folder: Path) -> str:
     """The table of bench_transformers.py: one line for each contestant, the first of them ours."""
-    result = json.loads((folder / "transformers.json").read_text())
+    result = read_table(folder / "transformers.json")
     m, (row,) = result["machine"], result["rows"]
     ours = next(iter(row["ms"].values()))
     lines = [
@@ -70,13 +124,54 @@ def trainer(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def page(folder: Path) -> str:
+    """What stands beside the files: rows, pictures, targets."""
+    pictures = "\n\n".join(f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png")))
+    parts = [
+        "# Results",
+        report(folder),
+        *(["## Pictures", pictures] if pictures else []),
+        "## Targets",
+        targets(folder),
+    ]
+    return "\n\n".join(parts)
+
+
+TABLES = {
+    "rows": report,
+    "highlights": lambda folder: report(folder, highlights=True),
+    "trainer": trainer,
+    "targets": targets,
+}
+
+
+def write(page: Path, folder: Path) -> None:
+    """Every marked table of the page anew. ValueError for a mark that names none, and for one without an end."""
+    text = page.read_text(encoding="utf-8")
+    names = re.findall(r"<!-- table: (\w+) -->", text)
+    for name in names:
+        if name not in TABLES:
+            raise ValueError(f"report: table must be one of {', '.join(TABLES)}, got {name}")
+        block = f"<!-- table: {name} -->\n\n{TABLES[name](folder)}\n\n<!-- end -->"
+        text, found = re.subn(
+            rf"<!-- table: {name} -->.*?<!-- end -->", lambda _, new=block: new, text, flags=re.DOTALL
+        )
+        if not found:
+            raise ValueError(f"report: table {name} must end with <!-- end -->, got none")
+    page.write_text(text, encoding="utf-8")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--highlights", action="store_true")
-    parser.add_argument("--trainer", action="store_true")
+    for name in TABLES:
+        parser.add_argument(f"--{name}", dest="table", action="store_const", const=TABLES[name])
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page's marks")
     arguments = parser.parse_args()
-    print(trainer(arguments.folder) if arguments.trainer else report(arguments.folder, arguments.highlights))
+    if arguments.write:
+        write(arguments.write, arguments.folder)
+    else:
+        print((arguments.table or page)(arguments.folder))
 
 
 if __name__ == "__main__":

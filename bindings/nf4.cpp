@@ -1,6 +1,8 @@
 // torch.ops.llamakern.nf4_*: check, allocate, fill the params, run.
 #include "nf4.h"
 
+#include "../csrc/common/pages.h"
+
 namespace llamakern {
 namespace {
 
@@ -79,6 +81,11 @@ Tensor nf4_linear_backward(const Tensor& dy_, const Tensor& weight, const Tensor
   return dx;
 }
 
+void large_pages_(const Tensor& weight) {
+  check(weight.is_contiguous(), "large_pages_", ": weight must be contiguous, got strides");
+  use_large_pages(weight.mutable_data_ptr(), size_t(weight.numel()) * weight.element_size());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
@@ -96,6 +103,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
       "nf4_linear_backward(Tensor dy, Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int "
       "N, int K, "
       "int block_size) -> Tensor");
+  m.def("large_pages_(Tensor(a!) weight) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
@@ -104,6 +112,7 @@ STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
   m.impl("nf4_double_quantize", TORCH_BOX(&nf4_double_quantize));
   LK_IMPL(m, "nf4_linear", nf4_linear);
   m.impl("nf4_linear_backward", TORCH_BOX(&nf4_linear_backward));
+  m.impl("large_pages_", TORCH_BOX(&large_pages_));
 }
 
 }  // namespace llamakern

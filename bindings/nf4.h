@@ -1,5 +1,7 @@
 // The guard of an NF4 weight, for every op that takes one.
 #pragma once
+#include <array>
+
 #include "../csrc/nf4/nf4.h"
 #include "linear.h"
 
@@ -20,7 +22,7 @@ struct Nf4Weight {
       : codes(as_contiguous(weight)), absmax(as_contiguous(absmax_)) {
     check_block_size(op, block_size);
     check(N >= 0 && K >= 0 && N <= INT64_MAX / max64(1, K), op, ": shape must be two sizes, got ",
-          shape_text(std::vector{N, K}));
+          shape_text(std::array{N, K}));
     const int64_t blocks = ceil_div(N * K, block_size);
     check_dtype(op, "weight", weight, ScalarType::Byte);
     check_count(op, "weight", weight, ceil_div(N * K, 2), "bytes", N, K);

@@ -28,14 +28,20 @@ using torch::stable::Tensor;
 [[noreturn]] void throw_type_error(const std::string& message);
 const char* dtype_name(ScalarType dtype);
 
-// "[2, 3]"
+// "[2, 3]", written only where a check fails: a stream costs more than all the checks of an op.
 template <typename Sizes>
-std::string shape_text(const Sizes& sizes) {
-  std::ostringstream text;
-  text << '[';
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << *(sizes.begin() + i);
-  text << ']';
-  return text.str();
+struct ShapeText {
+  Sizes sizes;
+
+  friend std::ostream& operator<<(std::ostream& text, const ShapeText& shape) {
+    text << '[';
+    for (size_t i = 0; i < shape.sizes.size(); ++i) text << (i ? ", " : "") << *(shape.sizes.begin() + i);
+    return text << ']';
+  }
+};
+template <typename Sizes>
+ShapeText<Sizes> shape_text(const Sizes& sizes) {
+  return {sizes};
 }
 
 // check(x.dim() == 2, op, ": x must have shape (M, K), got ", shape_text(x.sizes()))

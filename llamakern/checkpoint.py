@@ -14,7 +14,7 @@ from llamakern.checkpoint_hf import DTYPES, HuggingFaceFolder, cached_snapshot
 from llamakern.checkpoint_llama2c import Llama2cFile
 from llamakern.checkpoint_meta import MetaFolder
 from llamakern.model import Llama
-from llamakern.nn import NF4Linear
+from llamakern.nn import NF4Linear, large_pages_
 
 FORMATS = (
     "a Hugging Face folder (config.json and safetensors), a Meta folder (params.json and consolidated.*.pth), "
@@ -60,6 +60,7 @@ def from_pretrained(path, *, quantize=None, quantize_head=False, double_quant=Fa
     if quantize_head and type(model.lm_head) is nn.Linear:
         model.lm_head = NF4Linear.from_weight(model.lm_head.weight, double_quant=double_quant)
         model.config = model.config.replace(tie_embeddings=False)
+    large_pages_(model)
     return model
 
 

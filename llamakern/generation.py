@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llamakern.decoding import decoder
+
 
 def generate(
     model,
@@ -55,17 +57,22 @@ def generate(
     if B == 0 or max_new_tokens == 0:
         return out
     rows, made = torch.arange(B, device=device), 0
-    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
-    seen[rows[:, None].expand(B, T)[real], tokens[real].long()] = True
+    seen = None
+    if repetition_penalty != 1.0:
+        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+        seen[rows[:, None].expand(B, T)[real], tokens[real].long()] = True
     done = torch.zeros(B, dtype=torch.bool, device=device)
     with torch.inference_mode(), evaluating(model):
         cache = model.new_cache(B, T + max_new_tokens)
+        decode = decoder(model, cache)
         h = model.hidden(out[:, :T], cache=cache, lengths=lengths)[rows, lengths - 1]  # (B, C)
         while True:
             step = sampling.pick(model.lm_head(h), seen, generator)  # (B,)
-            seen[rows, step] = True
-            step = torch.where(done, pad_id, step)
-            out[rows, lengths + made] = torch.where(done, out[rows, lengths + made], step)
+            if seen is not None:
+                seen[rows, step] = True
+            if ends is not None or stop:
+                step = torch.where(done, pad_id, step)
+            out[rows, lengths + made] = step
             made += 1
             if on_token is not None:
                 on_token([None if over else i for i, over in zip(step.tolist(), done.tolist(), strict=True)])
@@ -75,7 +82,7 @@ def generate(
                 done |= _stopped(out, lengths, made, stop, tokenizer)
             if made == max_new_tokens or ((ends is not None or stop) and bool(done.all())):
                 break
-            h = model.hidden(step[:, None], cache=cache)[:, -1]
+            h = decode(step)
     return out[:, : T + made].clone()
 
 
@@ -102,8 +109,11 @@ class Sampling:
             if value is not None and not holds(value):
                 raise ValueError(f"generate: {name} must be {wanted}, got {value}")
 
-    def pick(self, logits: Tensor, seen: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One token id per row of logits (B, V). seen: bool (B, V), the tokens that each row has already."""
+    def pick(self, logits: Tensor, seen: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+        """One token id per row of logits (B, V). seen: bool (B, V), the tokens that each row has already.
+
+        Only a repetition penalty asks for `seen`.
+        """
         if self.repetition_penalty != 1.0:
             r = self.repetition_penalty
             logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)

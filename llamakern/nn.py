@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llamakern import ops
 from llamakern.ops._door import autocast_dtype
 from llamakern.ops.nf4 import ABSMAX_BLOCK
+from llamakern.ops.nf4 import large_pages_ as _large_pages
 
 ROWS = ABSMAX_BLOCK  # of a weight that are dense in float32 at a time
 
@@ -177,8 +178,19 @@ def quantize_(module: nn.Module, *, block_size=64, double_quant=False, skip=("lm
         for name, child in parent.named_children():
             if type(child) is nn.Linear and name not in skip:
                 setattr(parent, name, NF4Linear.from_linear(child, block_size=block_size, double_quant=double_quant))
+    large_pages_(module)
     module.is_loaded_in_4bit = True  # what transformers' Trainer and PEFT's preparations look for
     return module
+
+
+def large_pages_(module: nn.Module) -> None:
+    """Moves the packed weights below `module` into pages of 2 MB where the system has them.
+
+    Decoding reads every weight once for each token, and address translations then cost up to a quarter of the time.
+    """
+    for child in module.modules():
+        if isinstance(child, NF4Linear) and child.weight.device.type == "cpu" and child.weight.is_contiguous():
+            _large_pages(child.weight.detach())
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -26,6 +26,9 @@ SHAPES = [
     (1, 65, 65, 4, 1, 128),
     (1, 40, 45, 2, 1, 256),  # the largest head
     (1, 200, 200, 2, 2, 33),  # an odd head: half a word at its end
+    (1, 210, 210, 4, 1, 96),  # two blocks of keys in backward, bands of several strips
+    (1, 300, 300, 8, 1, 16),  # strips enough that the backward of one key head is cut
+    (1, 40, 40, 2, 1, 50),  # channels end beside a panel of 48
 ]
 RULES = [
     {"causal": False},
@@ -86,6 +89,43 @@ def test_logits_of_many_thousands():
     truth, truth_lse = attention_reference(q.double() * 1e3, k.double() * 1e3, v.double(), return_lse=True)
     torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-5, atol=1e-5)
     assert (y - truth).abs().mean() < 1e-2
+
+
+@pytest.mark.parametrize("knobs", [{}, {"window": 30}, {"causal": False}], ids=["causal", "window", "all"])
+@pytest.mark.parametrize("slope", [0.5, -0.5, 40.0])
+def test_scores_that_climb(slope, knobs, isa):
+    """Each key outshines the ones before it, or all lie far from 0: the maximum is raised again and again."""
+    T, D = 450, 16
+    q, k, v = (torch.randn(1, T, 2, D) * s for s in (0.01, 0.01, 1.0))
+    q[..., 0] = math.sqrt(D)
+    k[..., 0] = slope * torch.arange(T)[:, None] - 100  # the scores, in natural units
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    y, lse = ops.attention(*inputs, return_lse=True, **knobs)
+    truth, truth_lse = attention_reference(*(t.double() for t in inputs), return_lse=True, **knobs)
+    torch.testing.assert_close(lse.double(), truth_lse, rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(y.double(), truth, rtol=0, atol=1e-3)
+    got, want = (torch.autograd.grad(t.sum(), inputs[2]) for t in (y, truth))
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=2e-3)
+
+
+def test_a_key_that_outshines_all(dtype, isa):
+    """Wherever it lies, its value comes out as it is: its weight's rounding divides out."""
+    q, k, v = (t.detach() for t in make_inputs(1, 400, 400, 2, 1, 32, dtype))
+    q[..., 0], k[..., 0] = 8.0, 0.0
+    k[:, [5, 150, 170, 390], :, 0] = torch.tensor([20.0, 40.0, 60.0, 80.0]).to(dtype)[:, None]
+    y = ops.attention(q, k, v)
+    rtol = 1e-6 if dtype == torch.float32 else 0
+    for key, after in ((5, 150), (150, 170), (170, 390), (390, 400)):
+        value = v[:, key : key + 1].expand(-1, after - key, 2, -1)
+        torch.testing.assert_close(y[:, key:after], value, rtol=rtol, atol=0)
+
+
+def test_strips_that_see_nothing_between_others(dtype, isa):
+    """Backward multiplies several strips at once: what a strip in their middle does not see counts 0."""
+    mask = torch.ones(200, 200, dtype=torch.bool)
+    mask[20:120, :190] = False
+    mask[130:150, 10:] = False
+    check(make_inputs(1, 200, 200, 1, 1, 16, dtype), mask=mask, causal=False)
 
 
 @pytest.mark.parametrize("T", [3, 100])

@@ -17,7 +17,7 @@ from llamakern.files import sha256
 from llamakern.finetune import FinetuneConfig
 from llamakern.tokenizer import SentencePieceTokenizer
 
-VERBS = ("demo", "finetune", "generate", "quantize", "merge", "info")
+VERBS = ("demo", "finetune", "generate", "quantize", "merge", "bench", "info")
 
 
 def words(tiny, out, *more):

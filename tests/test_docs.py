@@ -75,6 +75,11 @@ def place(tiny, tmp_path, monkeypatch):
     return tmp_path
 
 
+def takes_long(words):
+    """A benchmark without a shape of its own measures for minutes."""
+    return words[1] in ("demo", "info") or (words[1] == "bench" and "--shape" not in words)
+
+
 @EVERY_PAGE
 def test_page_runs(name, place, capsys):
     namespace, left_out = {}, set()

@@ -2,12 +2,16 @@ import json
 
 import pytest
 import torch
+from compare import assert_same_bits
 from torch import nn
 
+from llamakern import peft
 from llamakern.config import LlamaConfig
+from llamakern.decoding import decoder, is_plain
 from llamakern.generation import Sampling, generate
-from llamakern.model import Llama
-from llamakern.nn import quantize_
+from llamakern.model import CausalAttention, Llama
+from llamakern.nn import NF4Linear, quantize_
+from llamakern.peft import LoRAConfig
 from llamakern.tokenizer import load_tokenizer
 
 
@@ -232,3 +236,70 @@ def test_real_prompts_of_different_lengths(data_dir):
     for row, prompt in zip(out, prompts, strict=True):
         alone = generate(model, torch.tensor([prompt]), max_new_tokens=40)[0].tolist()
         assert row[: len(alone)].tolist() == alone
+
+
+def quantized(**changes):
+    config = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 37} | changes
+    model = Llama(LlamaConfig(**config))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8) if p.dim() > 1 else p.uniform_(0.5, 1.5)
+    return quantize_(model, double_quant=config["n_layers"] == 2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_layout": "interleaved"}, {"n_layers": 2, "head_dim": 10}], ids=str)
+def test_blocks_in_one_call_give_the_bits_of_their_modules(changes, dtype, isa):
+    model, lengths = quantized(**changes).to(dtype), torch.tensor([4, 2])
+    prompts = torch.randint(0, 37, (2, 4))
+    with torch.inference_mode():
+        caches = [model.new_cache(2, 12) for _ in range(2)]
+        assert is_plain(model, caches[0])
+        fused = decoder(model, caches[0])
+        for cache in caches:
+            model.hidden(prompts, cache=cache, lengths=lengths)
+        for tokens in torch.randint(0, 37, (8, 2)):
+            assert_same_bits(fused(tokens), model.hidden(tokens[:, None], cache=caches[1])[:, -1])
+        for a, b in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v, strict=True):
+            assert_same_bits(a, b)
+        assert caches[0].lengths.tolist() == caches[1].lengths.tolist() == [12, 10]
+
+
+def test_what_is_not_plain_is_decoded_by_its_modules():
+    calls = []
+
+    def hooked(model):
+        model.layers[1].mlp.gate_proj.register_forward_hook(lambda *_: calls.append(1))
+
+    def replaced(model):
+        model.layers[2].self_attn.attend = type("Other", (CausalAttention,), {})()
+
+    def adapted(model):
+        peft.apply(model, LoRAConfig(rank=2))
+
+    def dense(model):
+        model.layers[0].mlp.up_proj = nn.Linear(64, 96, bias=False)
+
+    def biased(model):
+        model.layers[0].mlp.up_proj.bias = nn.Parameter(torch.ones(96))
+
+    def mixed(model):
+        model.layers[0].mlp.up_proj = NF4Linear.from_linear(nn.Linear(64, 96, bias=False), block_size=32)
+
+    prompts = torch.randint(0, 37, (1, 4))
+    for change in (hooked, replaced, adapted, dense, biased, mixed):
+        model = quantized()
+        assert is_plain(model, model.new_cache(1, 2))
+        change(model)
+        assert not is_plain(model, model.new_cache(1, 2)), change.__name__
+        assert generate(model, prompts, max_new_tokens=6)[0].tolist() == full_forward(model, prompts[0], 6).tolist()
+    assert len(calls) == 6 + 6  # generate's and full_forward's
+
+
+def test_a_full_cache_is_refused_and_stays():
+    model = quantized()
+    with torch.inference_mode():
+        cache = model.new_cache(1, 3)
+        model.hidden(torch.tensor([[1, 2, 3]]), cache=cache)
+        with pytest.raises(ValueError, match="cache: max_len must be at least 4, got 3"):
+            decoder(model, cache)(torch.tensor([4]))
+        assert (cache.used, cache.lengths.tolist()) == (3, [3])

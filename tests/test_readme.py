@@ -43,7 +43,7 @@ def report(monkeypatch):
 
 def test_results_are_those_of_the_files(report):
     assert report.report(RESULTS, highlights=True) in README
-    assert report.report(RESULTS) == (RESULTS / "README.md").read_text().strip()
+    assert report.page(RESULTS) == (RESULTS / "README.md").read_text().strip()
     if (RESULTS / "transformers.json").is_file():
         assert report.trainer(RESULTS) in README
 
@@ -53,7 +53,9 @@ def test_the_trainers_table_has_a_line_for_each_contestant(report, tmp_path):
     run = {"tokens_per_s": 1500.4, "memory_mb": 812.6, "losses": [10.12345, 9.0, 8.00001]}
     runs = {"patched": {"ms": 500.0, **run}, "unpatched": {"ms": 1250.0, **run}}
     row = {"shape": "QLoRA C=8", "ms": {name: run["ms"] for name, run in runs.items()}, "runs": runs}
-    (tmp_path / "transformers.json").write_text(json.dumps({"machine": machine, "rows": [row]}))
+    (tmp_path / "transformers.json").write_text(
+        json.dumps({"title": "transformers", "machine": machine, "rows": [row]})
+    )
     first, *_, patched, unpatched = report.trainer(tmp_path).splitlines()
     assert first == "A, 2 threads, avx2, torch 2, today: QLoRA C=8."
     assert patched == "| patched | 500 ms | 1.00x | 1,500 | 813 MB | 10.1235 to 8.0000 |"

@@ -27,6 +27,7 @@ static void map(To* y, const From* x, int64_t count, const Fn& fn) {
 extern "C" {
 void vec_exp(float* y, const float* x, int64_t count) { map(y, x, count, [](Vec v) { return exp(v); }); }
 void vec_exp2(float* y, const float* x, int64_t count) { map(y, x, count, [](Vec v) { return exp2(v); }); }
+void vec_log2(float* y, const float* x, int64_t count) { map(y, x, count, [](Vec v) { return log2(v); }); }
 void vec_narrow(bfloat16* y, const float* x, int64_t count) { map(y, x, count, [](Vec v) { return v; }); }
 void vec_widen(float* y, const bfloat16* x, int64_t count) { map(y, x, count, [](Vec v) { return v; }); }
 void vec_narrow_half(float16* y, const float* x, int64_t count) { map(y, x, count, [](Vec v) { return v; }); }
@@ -100,6 +101,18 @@ def test_exponentials_are_exact_where_they_can_be(vec):
     whole = torch.arange(-126, 128).float()
     assert torch.equal(vec("exp2", whole), 2.0**whole)
     assert torch.equal(vec("exp", torch.zeros(40)), torch.ones(40))
+
+
+def test_log2(vec):
+    x = torch.cat((all_floats(), torch.linspace(0.5, 2.0, 1_000_001)))
+    x = x[~(x < SMALLEST)]  # NaN stays
+    y, truth = vec("log2", x), torch.log2(x.double())
+    finite = truth.isfinite()
+    assert torch.equal(y.isnan(), x.isnan())
+    assert ((y - truth).abs() / truth.abs().clamp_min(1))[finite].max() < 3e-7
+    assert (y[x == torch.inf] == torch.inf).all()
+    assert (vec("log2", torch.zeros(20)) == -torch.inf).all()
+    assert torch.equal(vec("log2", 2.0 ** torch.arange(-126, 128).float()), torch.arange(-126, 128).float())
 
 
 def test_bfloat16_rounds_as_torch_does(vec):

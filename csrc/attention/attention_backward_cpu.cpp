@@ -4,30 +4,28 @@
 //   dv, dk   keys by channels     reduced over the lanes of a strip: p and ds as rows
 //   dq       channels by lanes    reduced over the keys of a block:  ds as lanes
 //
-// An item owns some strips of one key/value head: it sums their dq in float, in the order of the key blocks, and its
-// own share of dk and dv, in the order of its strips. The shares are then summed in their order. So all sums have one
-// order.
+// An item owns some bands of strips of one key/value head: it sums their dq in float, in the order of the key blocks,
+// and its own share of dk and dv, in the order of its bands. The shares are then summed in their order. So all sums
+// have one order.
 #include <type_traits>
 
 #include "../common/parallel.h"
-#include "strip.h"
+#include "band.h"
 
 namespace llamakern::LK_ISA {
 namespace {
 
-constexpr int64_t kItems = 16;          // cut the strips of each head until there are about so many items,
-constexpr int64_t kItemStrips = 8;      // of at least so many strips
-constexpr int64_t kBlock = 4 * kPanel;  // keys of a block
+constexpr int64_t kItems = 16;      // cut the strips of each head until there are about so many items,
+constexpr int64_t kItemStrips = 8;  // of at least so many strips
 
-// p and ds of a block of keys and a strip, in both forms that the matmuls read.
+// p and ds of a block of keys: of the strip at hand, and as rows for all strips of the band.
 template <typename W>
 struct Weights {
   using Element = std::conditional_t<W::kPer == 2, bfloat16, float>;
-  static constexpr int kRowWords = kStrip / W::kPer;
 
-  Scratch<float> p{kBlock * kStrip};                                          // [key, lane]
-  Scratch<uint32_t> p_rows{kBlock * kRowWords}, ds_rows{kBlock * kRowWords};  // [key, words along the lanes]
-  Scratch<uint32_t> ds_lanes{kBlock / W::kPer * kStrip};                      // [words along the keys, lane]
+  Scratch<float> p{kBlock<W> * kStrip};                                               // [key, lane]
+  Scratch<uint32_t> ds_lanes{kBlock<W> / W::kPer * kStrip};                           // [word along the keys, lane]
+  Scratch<uint32_t> p_rows{kBlock<W> * kBandWords}, ds_rows{kBlock<W> * kBandWords};  // [key, word along the lanes]
 };
 
 template <typename W>
@@ -36,7 +34,7 @@ inline __attribute__((always_inline)) void store_rows(uint32_t* rows, const Tile
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVecs; ++v)
-      store(reinterpret_cast<typename Weights<W>::Element*>(rows + r * Weights<W>::kRowWords) + v * kLanes, c[r][v]);
+      store(reinterpret_cast<typename Weights<W>::Element*>(rows + r * kBandWords) + v * kLanes, c[r][v]);
 }
 
 // p = 2^(s - lse)
@@ -66,7 +64,7 @@ __attribute__((noinline)) void ds_tile(uint32_t* ds_rows, uint32_t* ds_lanes, co
   for (int i = 0; i < kTileVecs; ++i)
 #pragma GCC unroll 32
     for (int r = 0; r < kTileRows; ++r) c[r][i] = load(minus_delta + i * kLanes);
-  dots<W, kTileVecs, kTileRows, 1, kPanel>(c, dy, kStrip, v, words);
+  dot_rows<W>(c, dy, v, words);
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
@@ -79,185 +77,197 @@ __attribute__((noinline)) void ds_tile(uint32_t* ds_rows, uint32_t* ds_lanes, co
       store_words(ds_lanes + r / W::kPer * kStrip + i * kLanes, W::join(c[r][i], c[r + W::kPer - 1][i]));
 }
 
-// sums [n, lanes] += rows [n, words along the strip] · x [words along the strip, lanes]
-template <typename W>
-void add_rows(float* sums, const uint32_t* rows, const uint32_t* x, int64_t n, int64_t lanes) {
-  constexpr int kWords = Weights<W>::kRowWords;
-  int64_t c = 0;
-  for (; c + kStrip <= lanes; c += kStrip)
-    for (int64_t j = 0; j < n; j += kTileRows)
-      tile<W, kTileVecs, kTileRows, kWords, 1>(sums + j * lanes + c, lanes, true, x + c, lanes, rows + j * kWords,
-                                               kWords);
-  for (; c < lanes; c += kLanes)
-    for (int64_t j = 0; j < n; j += kTileRows)
-      tile<W, 1, kTileRows, kWords, 1>(sums + j * lanes + c, lanes, true, x + c, lanes, rows + j * kWords, kWords);
-}
-
-// A block of keys and values, packed for the matmuls.
+// What is needed next, brought into the second cache while something else is computed: a band as it was packed, or the
+// rows of strips that are to be packed.
 template <typename T>
-struct KeyBlock {
-  using W = Words<T>;
-  int64_t begin, n, words;
-  Scratch<uint32_t> k, v, k_pairs;
-
-  explicit KeyBlock(int64_t D)
-      : words(ceil_div(D, W::kPer)),
-        k(row_panels_size(kBlock, words)),
-        v(row_panels_size(kBlock, words)),
-        k_pairs(row_panels_size(D, kBlock / W::kPer)) {}
-  void pack(const Group<T>& group, int64_t j0) {
-    begin = j0;
-    n = min64(kBlock, group.at.S - j0);
-    int64_t ld;
-    const T* keys = group.key_rows(group.in.k, j0, n, nullptr, ld);
-    pack_row_panels<W>(k, keys, ld, n, group.in.D);
-    pack_pair_panels<W>(k_pairs, kBlock / W::kPer, 0, keys, ld, n, group.in.D);
-    pack_row_panels<W>(v, group.key_rows(group.in.v, j0, n, nullptr, ld), ld, n, group.in.D);
+class Ahead {
+ public:
+  Ahead(const AttentionBackward<T>& p, const Group<T>& group, const uint32_t* band, int64_t words, const Strip* strips,
+        int64_t count)
+      : at_(reinterpret_cast<const char*>(band)),
+        end_(at_ + words * 4),
+        q_(p.in.q, group, strips, count),
+        y_(p.y, group, strips, count),
+        dy_(p.dy, group, strips, count) {}
+  void step() {
+    for (int i = 0; i < 16 && at_ < end_; ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);
+    q_.step(1), y_.step(1), dy_.step(1);
   }
+
+ private:
+  const char *at_, *end_;
+  Fetch<const T, T> q_, y_, dy_;
 };
 
-// A strip of queries and its gradients, packed once for all blocks of keys.
-template <typename T>
-struct QueryStrip {
-  using W = Words<T>;
-  Strip strip;
-  Scratch<uint32_t> q, dy;            // [word of D, kStrip]
-  Scratch<uint32_t> q_rows, dy_rows;  // [word along the strip, lanes of D]
-  Scratch<float> lse, minus_delta;    // [kStrip], lse in powers of two, +inf where p is 0
-  Scratch<float> dq;                  // [round_up(D, kTileRows), kStrip]
+// Keys [begin, end) of a block, in whole tiles.
+struct Range {
+  int64_t begin = 0, end = 0;
+  bool has(int64_t j) const { return begin <= j && j < end; }
+};
 
-  QueryStrip(const AttentionBackward<T>& p, const Group<T>& group, int64_t first)
-      : strip(group, first),
-        q(kStrip * ceil_div(p.in.D, W::kPer)),
-        dy(kStrip * ceil_div(p.in.D, W::kPer)),
-        q_rows(kStrip / W::kPer * round_up(p.in.D, kLanes)),
-        dy_rows(kStrip / W::kPer * round_up(p.in.D, kLanes)),
-        lse(kStrip),
-        minus_delta(kStrip),
-        dq(round_up(p.in.D, kTileRows) * kStrip) {
-    const int64_t D = p.in.D, lanes = round_up(D, kLanes);
-    Scratch<T> rows(kStrip * D);
-    gather(rows.get(), p.in.q, group, strip);
-    pack_lanes<W>(q, kStrip, rows.get(), D, kStrip, D);
-    pack_across<W>(q_rows, lanes, rows.get(), D, D, kStrip);
-    gather(rows.get(), p.dy, group, strip);
-    pack_lanes<W>(dy, kStrip, rows.get(), D, kStrip, D);
-    pack_across<W>(dy_rows, lanes, rows.get(), D, D, kStrip);
-    for (int lane = 0; lane < kStrip; ++lane) {
-      const bool there = lane < strip.lanes;
-      const int64_t at = group.lse_index(strip.row(lane));
-      const bool sees = there && p.lse[at] != -INFINITY;
-      lse[lane] = sees ? p.lse[at] * kLog2e : INFINITY;
-      minus_delta[lane] = sees && p.dlse ? p.dlse[at] : 0.0f;
-      if (!there) continue;
-      const T *y = group.row_of(p.y, strip.row(lane)), *g = rows + lane * D;
-      Vec delta{};
-      for (int64_t d = 0; d < D; d += kLanes)
-        delta = fma(load(y + d, lanes_left(D - d)), load(g + d, lanes_left(D - d)), delta);
-      minus_delta[lane] -= sum(delta);
+// p, ds and dq of strip i of a band against the keys of a block that it sees.
+template <typename T>
+Range strip_against_block(const AttentionBackward<T>& p, const Group<T>& group, const Strip& strip,
+                          const StripData<Words<T>>& s, int i, KeyBlock<T>& block, Weights<Words<T>>& w, float* bias,
+                          Ahead<T>& ahead) {
+  using W = Words<T>;
+  const int64_t D = p.in.D, words = ceil_div(D, W::kPer), ld = row_words<W>(D);
+  const int64_t begin = max64(strip.any.begin - block.begin, 0) / kTileRows * kTileRows;
+  const int64_t end = min64(strip.any.end - block.begin, block.n);
+  if (begin >= end) return {};
+  if (bias && !shows_some(group, strip, block.begin + begin, end - begin)) return {};
+  if (bias) gather_bias(bias + begin * kStrip, group, strip, block.begin + begin, round_up(end - begin, kTileRows));
+  uint32_t *p_rows = w.p_rows + i * kRowWords<W>, *ds_rows = w.ds_rows + i * kRowWords<W>;
+  for (int64_t j = begin; j < end; j += kTileRows) {
+    ahead.step();
+    p_tile<W>(w.p + j * kStrip, p_rows + j * kBandWords, s.q, block.k + j * ld, words, p.in.scale * kLog2e, strip,
+              block.begin + j, bias ? bias + j * kStrip : nullptr, s.lse);
+  }
+  for (int64_t j = begin; j < end; j += kTileRows) {
+    ahead.step();
+    ds_tile<W>(ds_rows + j * kBandWords, w.ds_lanes + j / W::kPer * kStrip, w.p + j * kStrip, s.dy, block.v + j * ld,
+               words, s.minus_delta);
+  }
+  for_channels(D, [&]<int NR>(int64_t c) {
+    tile<W, kTileVecs, NR, 1, kPanel>(s.dq + c * kStrip, kStrip, true, w.ds_lanes + begin / W::kPer * kStrip, kStrip,
+                                      block.k_pairs + pair_panel(c, begin / W::kPer, kBlock<W> / W::kPer),
+                                      ceil_div(end - begin, W::kPer));
+  });
+  return {begin, begin + round_up(end - begin, kTileRows)};
+}
+
+// sums, chunks of [key, channels], += rows [key, words along the band] · x, chunks of [words along the band, channels]
+template <typename W, typename T>
+void add_rows(float* sums, const uint32_t* rows, const uint32_t* x, int64_t D, const Range& keys, const Range* strips,
+              Ahead<T>& ahead) {
+  for_chunks(D, [&]<int MV>(int64_t c) {
+    constexpr int kWidth = MV * kLanes;
+    for (int64_t j = keys.begin; j < keys.end; j += kTileRows) {
+      int first = 0, last = kBandStrips<W>;  // strips that see these keys
+      while (first < last && !strips[first].has(j)) ++first;
+      while (first < last && !strips[last - 1].has(j)) --last;
+      if (first == last) continue;
+      ahead.step();
+      const int64_t word = first * kRowWords<W>;
+      tile<W, MV, kTileRows, kBandWords, 1>(sums + c * kBlock<W> + j * kWidth, kWidth, true,
+                                            x + c * kBandWords + word * kWidth, kWidth, rows + j * kBandWords + word,
+                                            (last - first) * kRowWords<W>);
     }
-    memset(dq, 0, size_t(round_up(D, kTileRows) * kStrip) * 4);
-  }
-};
-
-// One strip against one block of keys; dk and dv [kBlock.., lanes of D] from the block's first key on.
-template <typename T>
-void strip_against_block(const AttentionBackward<T>& p, const Group<T>& group, QueryStrip<T>& s, KeyBlock<T>& block,
-                         Weights<Words<T>>& w, float* bias, float* dk, float* dv) {
-  using W = Words<T>;
-  constexpr int kRowWords = Weights<W>::kRowWords;
-  const int64_t D = p.in.D, words = block.words, lanes = round_up(D, kLanes);
-  const int64_t begin = max64(s.strip.any.begin - block.begin, 0) / kTileRows * kTileRows;
-  const int64_t end = min64(s.strip.any.end - block.begin, block.n);
-  if (begin >= end) return;
-  if (bias && !shows_some(group, s.strip, block.begin + begin, end - begin)) return;
-  if (bias) gather_bias(bias + begin * kStrip, group, s.strip, block.begin + begin, round_up(end - begin, kTileRows));
-  for (int64_t j = begin; j < end; j += kTileRows)
-    p_tile<W>(w.p + j * kStrip, w.p_rows + j * kRowWords, s.q, block.k + row_panel(j, words), words,
-              p.in.scale * kLog2e, s.strip, block.begin + j, bias ? bias + j * kStrip : nullptr, s.lse);
-  for (int64_t j = begin; j < end; j += kTileRows)
-    ds_tile<W>(w.ds_rows + j * kRowWords, w.ds_lanes + j / W::kPer * kStrip, w.p + j * kStrip, s.dy,
-               block.v + row_panel(j, words), words, s.minus_delta);
-  add_rows<W>(dv + begin * lanes, w.p_rows + begin * kRowWords, s.dy_rows, end - begin, lanes);
-  add_rows<W>(dk + begin * lanes, w.ds_rows + begin * kRowWords, s.q_rows, end - begin, lanes);
-  for (int64_t c = 0; c < D; c += kTileRows)
-    tile<W, kTileVecs, kTileRows, 1, kPanel>(s.dq + c * kStrip, kStrip, true, w.ds_lanes + begin / W::kPer * kStrip,
-                                             kStrip, block.k_pairs + pair_panel(c, begin / W::kPer, kBlock / W::kPer),
-                                             ceil_div(end - begin, W::kPer));
+  });
 }
 
-// The strips first, first + step, ... of one group; their share of dk and dv [round_up(S, kBlock), lanes of D] is
-// stored.
+// One band against one block of keys; dk and dv are chunks of [kBlock, channels].
 template <typename T>
-void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t first, int64_t step, float* dk,
-                   float* dv) {
-  const int64_t D = p.in.D, lanes = round_up(D, kLanes), all = ceil_div(group.rows(), kStrip);
-  const int64_t count = first < all ? ceil_div(all - first, step) : 0;
-  memset(dk, 0, size_t(round_up(group.at.S, kBlock) * lanes) * 4);
-  memset(dv, 0, size_t(round_up(group.at.S, kBlock) * lanes) * 4);
-  Scratch<QueryStrip<T>> room(count);
-  QueryStrip<T>* strips = room;
-  for (int64_t i = 0; i < count; ++i) new (strips + i) QueryStrip<T>(p, group, (first + i * step) * kStrip);
+void band_against_block(const AttentionBackward<T>& p, const Group<T>& group, const Strip* strips, int64_t count,
+                        const BandData<Words<T>>& band, KeyBlock<T>& block, Weights<Words<T>>& w, float* bias,
+                        float* dk, float* dv, Ahead<T>& ahead) {
+  using W = Words<T>;
+  Range seen[kBandStrips<W>], all{kBlock<W>, 0};
+  for (int i = 0; i < count; ++i) {
+    seen[i] = strip_against_block(p, group, strips[i], band.strip(i), i, block, w, bias, ahead);
+    if (seen[i].begin < seen[i].end) all = {min64(all.begin, seen[i].begin), max64(all.end, seen[i].end)};
+  }
+  for (int i = 1; i + 1 < count; ++i)  // what lies between strips that see a key is read with them
+    for (int64_t j = all.begin; j < all.end; ++j)
+      if (!seen[i].has(j)) {
+        memset(w.p_rows + j * kBandWords + i * kRowWords<W>, 0, kRowWords<W> * 4);
+        memset(w.ds_rows + j * kBandWords + i * kRowWords<W>, 0, kRowWords<W> * 4);
+      }
+  add_rows<W>(dv, w.p_rows, band.dy_rows, p.in.D, all, seen, ahead);
+  add_rows<W>(dk, w.ds_rows, band.q_rows, p.in.D, all, seen, ahead);
+}
+
+// x of keys [j, j + n) = scale · Σ_parts sums, chunks of [kBlock, channels]
+template <typename T>
+void store_keys(const Heads<T>& x, const Group<T>& group, int64_t j, int64_t n, float scale, const float* sums,
+                int64_t parts, int64_t part_size) {
+  constexpr int64_t kKeys = kBlock<Words<T>>;
+  const int64_t D = group.in.D;
+  for (int64_t i = 0; i < n; ++i) {
+    T* row = x.at(group.at.b, group.at.k_begin + j + i, group.kv);
+    for_chunks(D, [&]<int MV>(int64_t c) {
+      const float* from = sums + c * kKeys + i * MV * kLanes;
+      for (int64_t d = 0; d < MV * kLanes; d += kLanes) {
+        Vec total = load(from + d);
+        for (int64_t part = 1; part < parts; ++part) total += load(from + part * part_size + d);
+        store(row + c + d, total * scale, lanes_left(D - c - d));
+      }
+    });
+  }
+}
+
+// The bands first, first + step, ... of one group. Their share of dk and dv is left in blocks at sums, unless it is all
+// there is: then it goes to p.
+template <typename T>
+void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t first, int64_t step, float* sums) {
+  using W = Words<T>;
+  const int64_t D = p.in.D, all = ceil_div(group.rows(), kStrip), bands = ceil_div(all, kBandStrips<W>);
+  const int64_t mine = first < bands ? ceil_div(bands - first, step) : 0, size = BandData<W>::size(D);
+  const auto first_strip = [&](int64_t n) { return (first + n * step) * kBandStrips<W>; };
+  const auto strips_of = [&](int64_t n) { return min64(kBandStrips<W>, all - first_strip(n)); };
+  Scratch<uint32_t> room(mine * size);
+  Scratch<Strip> strips(mine * kBandStrips<W>);
+  const auto band_at = [&](int64_t n) { return BandData<W>(room + n * size, D); };
+  const auto strips_at = [&](int64_t n) { return strips + n * kBandStrips<W>; };
+  for (int64_t n = 0; n < mine; ++n)
+    for (int64_t i = 0; i < strips_of(n); ++i) new (strips_at(n) + i) Strip(group, (first_strip(n) + i) * kStrip);
   {
+    const bool masked = p.in.mask.kind != Mask::kNone;
+    const int64_t share = kBlock<W> * round_up(D, kLanes);
     KeyBlock<T> block(D);
-    Weights<Words<T>> weights;
-    Scratch<float> bias(p.in.mask.kind == Mask::kNone ? 0 : kBlock * kStrip);
-    for (int64_t j0 = 0; j0 < group.at.S; j0 += kBlock) {
+    Weights<W> weights;
+    Scratch<float> bias(masked ? kBlock<W> * kStrip : 0), own(step == 1 ? 2 * share : 0);
+    for (int64_t j0 = 0; j0 < group.at.S; j0 += kBlock<W>) {
+      float *dk = step == 1 ? own.get() : sums + j0 / kBlock<W> * 2 * share, *dv = dk + share;
+      memset(dk, 0, size_t(2 * share) * 4);
       block.pack(group, j0);
-      for (int64_t i = 0; i < count; ++i)
-        strip_against_block(p, group, strips[i], block, weights, p.in.mask.kind == Mask::kNone ? nullptr : bias.get(),
-                            dk + j0 * lanes, dv + j0 * lanes);
+      for (int64_t n = 0; n < mine; ++n) {
+        const bool more = n + 1 < mine, to_pack = j0 == 0;
+        if (to_pack)
+          for (int64_t i = 0; i < strips_of(n); ++i) pack_queries(band_at(n), int(i), p, group, strips_at(n)[i]);
+        Ahead ahead(p, group, room + (n + 1) * size, more && !to_pack ? size : 0, strips_at(n + 1),
+                    more && to_pack ? strips_of(n + 1) : 0);
+        band_against_block(p, group, strips_at(n), strips_of(n), band_at(n), block, weights,
+                           masked ? bias.get() : nullptr, dk, dv, ahead);
+      }
+      if (step > 1) continue;
+      store_keys(p.dk, group, j0, block.n, p.in.scale, dk, 1, 0);
+      store_keys(p.dv, group, j0, block.n, 1.0f, dv, 1, 0);
     }
   }
-  Scratch<T> rows(kStrip * D);
-  for (int64_t i = 0; i < count; ++i) {
-    unpack_lanes(rows.get(), D, strips[i].dq.get(), kStrip, D, strips[i].strip.lanes,
-                 [&](int64_t, int64_t, Vec x) { return x * p.in.scale; });
-    scatter(p.dq, rows.get(), group, strips[i].strip);
-  }
-  for (int64_t i = count; i-- > 0;) strips[i].~QueryStrip<T>();
-}
-
-// x [S, D] = scale · Σ_parts sums [S, lanes of D]
-template <typename T>
-void sum_parts(const Heads<T>& x, const Group<T>& group, float scale, const float* sums, int64_t parts,
-               int64_t part_size) {
-  const int64_t D = group.in.D, lanes = round_up(D, kLanes);
-  for (int64_t j = 0; j < group.at.S; ++j) {
-    T* row = x.at(group.at.b, group.at.k_begin + j, group.kv);
-    for (int64_t d = 0; d < D; d += kLanes) {
-      Vec total = load(sums + j * lanes + d);
-      for (int64_t part = 1; part < parts; ++part) total += load(sums + part * part_size + j * lanes + d);
-      store(row + d, total * scale, lanes_left(D - d));
-    }
-  }
+  if (group.at.S == 0) memset(room, 0, size_t(mine * size) * 4);
+  alignas(64) float scale[kStrip];
+  for (float& x : scale) x = p.in.scale;
+  for (int64_t n = 0; n < mine; ++n)
+    for (int64_t i = 0; i < strips_of(n); ++i)
+      unpack_strip(p.dq, band_at(n).strip(int(i)).dq, scale, group, strips[n * kBandStrips<W> + i]);
 }
 
 template <typename T>
 void attention_backward(const AttentionBackward<T>& p) {
-  const int64_t groups = p.in.sequences * p.in.Hkv, lanes = round_up(p.in.D, kLanes);
+  using W = Words<T>;
+  const int64_t groups = p.in.sequences * p.in.Hkv, share = kBlock<W> * round_up(p.in.D, kLanes);
   const auto group_at = [&](int64_t n) { return Group<T>{p.in, p.in.sequence(n / p.in.Hkv), n % p.in.Hkv}; };
   const int64_t strips = ceil_div(p.in.T_ * p.in.G(), kStrip);
   const int64_t parts = max64(1, min64(kItems / max64(1, groups), strips / kItemStrips));
-  const int64_t wave =
-      max64(1, min64(kItems, groups));  // groups at a time: their float sums are the largest memory here
+  // Groups at a time: their float sums are the largest memory here.
+  const int64_t wave = parts == 1 ? groups : min64(kItems, groups);
   for (int64_t first = 0; first < groups; first += wave) {
     const int64_t count = min64(wave, groups - first);
     int64_t longest = 0;
     for (int64_t n = 0; n < count; ++n) longest = max64(longest, group_at(first + n).at.S);
-    const int64_t part_size = 2 * round_up(longest, kBlock) * lanes;
-    Scratch<float> sums(count * parts * part_size);
+    const int64_t blocks = ceil_div(longest, kBlock<W>), part_size = blocks * 2 * share;
+    Scratch<float> sums(parts == 1 ? 0 : count * parts * part_size);
     parallel_for(count * parts, [&](int64_t item) {
-      float* dk = sums + item * part_size;
-      backward_item(p, group_at(first + item / parts), item % parts, parts, dk, dk + part_size / 2);
+      backward_item(p, group_at(first + item / parts), item % parts, parts, sums + item * part_size);
     });
-    parallel_for(2 * count, [&](int64_t task) {
-      const int64_t n = task / 2;
-      const float* from = sums + n * parts * part_size + (task % 2) * (part_size / 2);
-      if (task % 2)
-        sum_parts(p.dv, group_at(first + n), 1.0f, from, parts, part_size);
-      else
-        sum_parts(p.dk, group_at(first + n), p.in.scale, from, parts, part_size);
+    if (parts == 1) continue;
+    parallel_for(count * blocks, [&](int64_t task) {
+      const Group<T> group = group_at(first + task / blocks);
+      const int64_t block = task % blocks, j0 = block * kBlock<W>, n = min64(kBlock<W>, group.at.S - j0);
+      const float* from = sums + task / blocks * parts * part_size + block * 2 * share;
+      store_keys(p.dk, group, j0, n, p.in.scale, from, parts, part_size);
+      store_keys(p.dv, group, j0, n, 1.0f, from + share, parts, part_size);
     });
   }
 }

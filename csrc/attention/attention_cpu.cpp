@@ -8,122 +8,145 @@
 namespace llamakern::LK_ISA {
 namespace {
 
-// Scores of n keys from j on: s [n, kStrip], and the maximum of each lane.
+// Softmax over keys, a block at a time, for kStrip lanes at once; everything in powers of two.
+//
+// Weights are 2^(s - m) against an m that follows the maximum lazily: it is raised only when a score lies more than
+// kSlack above it, which a float's exponent bears. So weights leave the tile of scores at once, and a block is taken
+// again in the rare case that its m was too low. Each lane's m depends on its own scores only.
+//
+// y is divided by the sum of the weights as they were multiplied, rounded to the words of W: so a weight that
+// outshines the others leaves its value as it is. lse is of the sum before rounding.
 template <typename W>
-__attribute__((noinline)) void score_tile(float* s, float* maximum, const uint32_t* q, const uint32_t* k, int64_t words,
-                                          float scale, const Strip& strip, int64_t j, const float* bias) {
+struct LazySoftmax {
+  static constexpr float kSlack = 16.0f;
+  static constexpr bool kRounds = W::kPer == 2;
+  struct Sums {
+    alignas(64) float exact[kStrip], rounded[kStrip];
+  };
+  alignas(64) float m[kStrip];        // -inf before the first score
+  alignas(64) float top[kStrip];      // maximum of the block at hand
+  alignas(64) float rescale[kStrip];  // what sums against the old m must be multiplied by
+  Sums l, block_l;
+
+  LazySoftmax() {
+    for (int i = 0; i < kStrip; ++i) m[i] = -INFINITY, l.exact[i] = l.rounded[i] = 0.0f;
+  }
+  static Vec base(Vec m) { return where(m == broadcast(-INFINITY), Vec{}, m); }  // (-inf) - (-inf) is NaN
+  void begin_block() {
+    for (int i = 0; i < kStrip; ++i) top[i] = -INFINITY, block_l.exact[i] = block_l.rounded[i] = 0.0f;
+  }
+  // Whether the block must be taken again, against a new m.
+  bool raise() {
+    IVec raised{};
+    for (int i = 0; i < kStrip; i += kLanes) {
+      const Vec old = load(m + i), high = load(top + i);
+      const IVec over = high > old + kSlack;
+      const Vec now = where(over, high, old), factor = exp2(old - base(now));
+      store(m + i, now);
+      store(l.exact + i, load(l.exact + i) * factor);
+      store(l.rounded + i, load(l.rounded + i) * factor);
+      store(rescale + i, factor);
+      raised |= over;
+    }
+    return any(raised);
+  }
+  void end_block() {
+    for (int i = 0; i < kStrip; i += kLanes) {
+      store(l.exact + i, load(l.exact + i) + load(block_l.exact + i));
+      store(l.rounded + i, load(l.rounded + i) + load(block_l.rounded + i));
+    }
+  }
+  const float* divisor() const { return kRounds ? l.rounded : l.exact; }
+};
+
+// Weights of the tile of keys from j on: p [word, kStrip]. The first tile of all sets m.
+template <typename W>
+__attribute__((noinline)) void weigh_tile(uint32_t* p, LazySoftmax<W>& softmax, const uint32_t* q, const uint32_t* k,
+                                          int64_t words, float scale, const Strip& strip, int64_t j, const float* bias,
+                                          bool first) {
   Tile c;
   scores<W>(c, q, k, words, scale, strip, j, bias);
 #pragma GCC unroll 8
   for (int v = 0; v < kTileVecs; ++v) {
-    Vec m = load(maximum + v * kLanes);
+    const int i = v * kLanes;
+    Vec top = c[0][v];
+#pragma GCC unroll 32
+    for (int r = 1; r < kTileRows; ++r) top = max(top, c[r][v]);
+    if (first) store(softmax.m + i, top);
+    store(softmax.top + i, max(load(softmax.top + i), top));
+    const Vec base = LazySoftmax<W>::base(load(softmax.m + i));
+    Vec l = load(softmax.block_l.exact + i), rounded = load(softmax.block_l.rounded + i);
 #pragma GCC unroll 32
     for (int r = 0; r < kTileRows; ++r) {
-      store(s + r * kStrip + v * kLanes, c[r][v]);
-      m = max(m, c[r][v]);
+      c[r][v] = exp2(c[r][v] - base);
+      l += c[r][v];
     }
-    store(maximum + v * kLanes, m);
+    store(softmax.block_l.exact + i, l);
+#pragma GCC unroll 32
+    for (int r = 0; r < kTileRows; r += W::kPer) {
+      const IVec word = W::join(c[r][v], c[r + W::kPer - 1][v]);
+      if constexpr (LazySoftmax<W>::kRounds) rounded = W::dot(rounded, word, ibroadcast(0x3f803f80));  // by ones
+      store_words(p + r / W::kPer * kStrip + i, word);
+    }
+    store(softmax.block_l.rounded + i, rounded);
   }
 }
-
-// o [channel, lane] = rescale [lane]·o + Σ_j v [channel, j] p [j, lane]
-template <typename W>
-__attribute__((noinline)) void value_tile(float* o, const float* rescale, const uint32_t* p, const uint32_t* v,
-                                          int64_t words) {
-  Tile c;
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileVecs; ++i) {
-    const Vec factor = load(rescale + i * kLanes);
-#pragma GCC unroll 32
-    for (int r = 0; r < kTileRows; ++r) c[r][i] = factor * load(o + r * kStrip + i * kLanes);
-  }
-  dots<W, kTileVecs, kTileRows, 1, kPanel>(c, p, kStrip, v, words);
-#pragma GCC unroll 32
-  for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < kTileVecs; ++i) store(o + r * kStrip + i * kLanes, c[r][i]);
-}
-
-// Softmax over keys, a block at a time, for kStrip lanes at once; everything in powers of two.
-struct OnlineSoftmax {
-  alignas(64) float m[kStrip], l[kStrip];  // maximum, and sum of 2^(s - m), so far
-  alignas(64) float block_m[kStrip];       // maximum of the block at hand
-  alignas(64) float rescale[kStrip];       // what the sums so far must be multiplied by
-
-  OnlineSoftmax() {
-    for (int i = 0; i < kStrip; ++i) m[i] = -INFINITY, l[i] = 0.0f;
-  }
-  void begin_block() {
-    for (int i = 0; i < kStrip; ++i) block_m[i] = -INFINITY;
-  }
-  // p [n / kPer, kStrip] words = 2^(s - m) for s [n, kStrip]; n is a multiple of kPer.
-  template <typename W>
-  void weigh(uint32_t* p, const float* s, int64_t n) {
-    for (int i = 0; i < kStrip; i += kLanes) {
-      const Vec old = load(m + i), now = max(old, load(block_m + i));
-      const Vec base = where(now == broadcast(-INFINITY), Vec{}, now);  // (-inf) - (-inf) is NaN
-      const Vec factor = exp2(old - base);
-      Vec sum = load(l + i) * factor, sum_next{};
-      for (int64_t j = 0; j < n; j += W::kPer) {
-        const Vec first = exp2(load(s + j * kStrip + i) - base);
-        sum += first;
-        Vec next{};
-        if constexpr (W::kPer == 2) {
-          next = exp2(load(s + (j + 1) * kStrip + i) - base);
-          sum_next += next;
-        }
-        store_words(p + j / W::kPer * kStrip + i, W::join(first, next));
-      }
-      store(m + i, now);
-      store(l + i, sum + sum_next);
-      store(rescale + i, factor);
-    }
-  }
-};
 
 // Packed keys and values of one group.
 struct Packed {
-  uint32_t *k, *v;  // row panels, pair panels
+  uint32_t *k, *v;  // rows, pair panels
 };
 
 template <typename T>
-void forward_strip(const AttentionForward<T>& p, const Group<T>& group, int64_t first, const Packed& packed) {
+void forward_strip(const AttentionForward<T>& p, const Group<T>& group, const Strip& strip, const Strip* next,
+                   const Packed& packed) {
   using W = Words<T>;
   constexpr int64_t kKeys = 2 * kPanel * W::kPer;
   const int64_t D = p.in.D, words = ceil_div(D, W::kPer), key_words = ceil_div(group.at.S, W::kPer);
   const bool masked = p.in.mask.kind != Mask::kNone;
-  const Strip strip(group, first);
-
-  Scratch<T> rows(kStrip * D);
+  Fetch fetch_q(p.in.q, group, next, next != nullptr);
+  Fetch fetch_y(p.y, group, &strip, 1);
   Scratch<uint32_t> q(words * kStrip), weights(kKeys / W::kPer * kStrip);
-  Scratch<float> s(kKeys * kStrip), o(round_up(D, kTileRows) * kStrip), bias(masked ? kKeys * kStrip : 0);
-  gather(rows.get(), p.in.q, group, strip);
-  pack_lanes<W>(q, kStrip, rows.get(), D, kStrip, D);
-  memset(o, 0, size_t(round_up(D, kTileRows) * kStrip) * 4);
+  Scratch<float> o(channels(D) * kStrip), bias(masked ? kKeys * kStrip : 0);
+  pack_strip<W>(q, p.in.q, group, strip);
 
-  OnlineSoftmax softmax;
+  LazySoftmax<W> softmax;
+  bool fresh = true;  // o holds nothing yet
   for (int64_t j0 = strip.any.begin / kPanel * kPanel; j0 < strip.any.end; j0 += kKeys) {
     const int64_t n = min64(kKeys, strip.any.end - j0);
     if (masked && !shows_some(group, strip, j0, n)) continue;
     if (masked) gather_bias(bias, group, strip, j0, round_up(n, kTileRows));
-    softmax.begin_block();
-    for (int64_t j = 0; j < n; j += kTileRows)
-      score_tile<W>(s + j * kStrip, softmax.block_m, q, packed.k + row_panel(j0 + j, words), words, p.in.scale * kLog2e,
-                    strip, j0 + j, masked ? bias + j * kStrip : nullptr);
-    softmax.weigh<W>(weights, s, round_up(n, W::kPer));
-    for (int64_t c = 0; c < D; c += kTileRows)
-      value_tile<W>(o + c * kStrip, softmax.rescale, weights, packed.v + pair_panel(c, j0 / W::kPer, key_words),
-                    ceil_div(n, W::kPer));
+    const auto weigh = [&](bool first) {
+      softmax.begin_block();
+      for (int64_t j = 0; j < n; j += kTileRows) {
+        fetch_y.step(4), fetch_q.step(4);
+        weigh_tile<W>(weights + j / W::kPer * kStrip, softmax, q, packed.k + (j0 + j) * row_words<W>(D), words,
+                      p.in.scale * kLog2e, strip, j0 + j, masked ? bias + j * kStrip : nullptr, first && j == 0);
+      }
+    };
+    weigh(fresh);
+    if (softmax.raise()) {
+      for (int64_t i = 0; i < D * kStrip && !fresh; i += kLanes)
+        store(o + i, load(o + i) * load(softmax.rescale + i % kStrip));
+      weigh(false);
+    }
+    softmax.end_block();
+    for_channels(D, [&]<int NR>(int64_t c) {
+      tile<W, kTileVecs, NR, 1, kPanel>(o + c * kStrip, kStrip, !fresh, weights, kStrip,
+                                        packed.v + pair_panel(c, j0 / W::kPer, key_words), ceil_div(n, W::kPer));
+    });
+    fresh = false;
   }
+  if (fresh) memset(o, 0, size_t(D * kStrip) * 4);
+  alignas(64) float lse[kStrip];
   float* inverse = softmax.rescale;
-  for (int lane = 0; lane < kStrip; ++lane) {
-    const float l = softmax.l[lane];
-    inverse[lane] = l == 0.0f ? 0.0f : 1.0f / l;
-    if (lane < strip.lanes) p.lse[group.lse_index(strip.first + lane)] = kLn2 * (softmax.m[lane] + std::log2(l));
+  for (int i = 0; i < kStrip; i += kLanes) {
+    const Vec divisor = load(softmax.divisor() + i);
+    store(inverse + i, where(divisor == Vec{}, Vec{}, 1.0f / divisor));
+    store(lse + i, kLn2 * (load(softmax.m + i) + log2(load(softmax.l.exact + i))));
   }
-  unpack_lanes(rows.get(), D, o.get(), kStrip, D, strip.lanes,
-               [&](int64_t, int64_t lane, Vec x) { return x * inverse[lane]; });
-  scatter(p.y, rows.get(), group, strip);
+  for (int lane = 0; lane < strip.lanes; ++lane) p.lse[strip.lse_index(group, lane)] = lse[lane];
+  unpack_strip(p.y, o, inverse, group, strip);
 }
 
 template <typename T>
@@ -132,10 +155,11 @@ void attention_forward(const AttentionForward<T>& p) {
   using W = Words<T>;
   constexpr int64_t kPackKeys = 4 * kPanel;         // keys that a packing task takes
   constexpr int64_t kWaveWords = int64_t(8) << 20;  // packed keys and values kept at once: 32 MB, or one group
-  const int64_t D = p.in.D, words = ceil_div(D, W::kPer), groups = p.in.sequences * p.in.Hkv;
+  const int64_t D = p.in.D, groups = p.in.sequences * p.in.Hkv;
+  constexpr int64_t kRun = 4;  // strips in a row that a task takes
   const auto group_at = [&](int64_t n) { return Group<T>{p.in, p.in.sequence(n / p.in.Hkv), n % p.in.Hkv}; };
-  const auto k_size = [&](int64_t S) { return row_panels_size(S, words); };
-  const auto v_size = [&](int64_t S) { return row_panels_size(D, ceil_div(S, W::kPer)); };
+  const auto k_size = [&](int64_t S) { return round_up(S, kTileRows) * row_words<W>(D); };
+  const auto v_size = [&](int64_t S) { return pair_panels_size(D, ceil_div(S, W::kPer)); };
 
   for (int64_t first = 0; first < groups;) {
     int64_t last = first, size = 0;
@@ -160,14 +184,23 @@ void attention_forward(const AttentionForward<T>& p) {
       Scratch<T> copy(p.in.block_table ? kPackKeys * D : 0);
       int64_t ld;
       const T* k = group.key_rows(p.in.k, j, rows, copy, ld);
-      pack_row_panels<W>(packed[n].k + row_panel(j, words), k, ld, rows, D);
+      fetch_rows(k, ld, rows, D);
+      pack_rows<W>(packed[n].k + j * row_words<W>(D), k, ld, rows, D);
       const T* v = group.key_rows(p.in.v, j, rows, copy, ld);
+      fetch_rows(v, ld, rows, D);
       pack_pair_panels<W>(packed[n].v, ceil_div(group.at.S, W::kPer), j / W::kPer, v, ld, rows, D);
     });
-    const Tasks strips(last - first, [&](int64_t n) { return ceil_div(group_at(first + n).rows(), kStrip); });
-    parallel_for(strips.count(), [&](int64_t task) {
-      const auto [n, strip] = strips.find(task);
-      forward_strip(p, group_at(first + n), strip * kStrip, packed[n]);
+    const auto strips_of = [&](int64_t n) { return ceil_div(group_at(first + n).rows(), kStrip); };
+    const Tasks runs(last - first, [&](int64_t n) { return ceil_div(strips_of(n), kRun); });
+    parallel_for(runs.count(), [&](int64_t task) {
+      const auto [n, run] = runs.find(task);
+      const Group<T> group = group_at(first + n);
+      const int64_t end = min64(strips_of(n), (run + 1) * kRun);
+      Strip strip(group, run * kRun * kStrip), next = strip;
+      for (int64_t i = run * kRun; i < end; ++i, strip = next) {
+        if (i + 1 < end) next = Strip(group, (i + 1) * kStrip);
+        forward_strip(p, group, strip, i + 1 < end ? &next : nullptr, packed[n]);
+      }
     });
     first = last;
   }

@@ -8,7 +8,7 @@
 namespace llamakern::LK_ISA {
 namespace {
 
-constexpr int64_t kAheadSteps = 8;  // steps from the request of memory to its use
+constexpr int64_t kAheadBytes = 8192;  // of keys or values, from the request of memory to its use
 
 // Keys of one range, from the length of the sequence alone, so that a row of a batch has the bits it has alone: up to
 // 32 ranges, each of 64 KB of keys at least, and of 512 keys and 256 KB of scores at most.
@@ -38,50 +38,60 @@ struct Parts {
         lanes(lanes) {}
 };
 
-// The rows of keys or values that one step reads, kStepKeys keys of each head in turn.
+// One range of keys, read in steps of kStepKeys keys of each head in turn.
 template <typename T>
-struct Steps {
+struct Range {
   const Attended<T>& in;
   const Sequence& at;
   int64_t j0, n;
-  StepRows<T> rows;  // of head 0
 
-  // Rows of keys j0 + j ...; a row that does not exist repeats the one before.
-  void go_to(const Heads<const T>& x, int64_t j) {
-    for (int64_t i = 0; i < kStepKeys; ++i) {
-      const int64_t key = j0 + min64(j + i, n - 1);
-      if (in.block_table)
-        rows[i] = x.at(in.block_table[at.b * in.table_width + key / in.block], key % in.block, 0);
-      else
-        rows[i] = x.at(at.b, at.k_begin + key, 0);
-    }
+  const T* row(const Heads<const T>& x, int64_t j) const {
+    if (!in.block_table) return x.at(at.b, at.k_begin + j0 + j, 0);
+    return x.at(in.block_table[at.b * in.table_width + (j0 + j) / in.block], (j0 + j) % in.block, 0);
+  }
+  // Head 0 of the step from key j on, whose rows lie x.token apart; null where they do not, or where there are fewer.
+  const T* find(const Heads<const T>& x, int64_t j) const {
+    const bool together = !in.block_table || (j0 + j) % in.block + kStepKeys <= in.block;
+    return together && j + kStepKeys <= n ? row(x, j) : nullptr;
+  }
+  // The step's rows of one head, 0 where there are none: out [kStepKeys, D].
+  void copy(T* out, const Heads<const T>& x, int64_t j, int64_t kv) const {
+    const int64_t keys = min64(kStepKeys, n - j);
+    for (int64_t i = 0; i < keys; ++i) memcpy(out + i * in.D, row(x, j + i) + kv * x.head, size_t(in.D) * sizeof(T));
+    memset(out + keys * in.D, 0, size_t((kStepKeys - keys) * in.D) * sizeof(T));
   }
 };
 
-// Asks for memory in the order in which it will be read: the range's keys, step by step, then its values.
+// The steps to come, in their order: all the range's keys, then its values.
 template <typename T>
-struct Ahead {
-  Steps<T> steps;
-  const Heads<const T>* x;  // null: all has been asked for
-  int64_t j = 0, kv = 0;
-
-  Ahead(const Attended<T>& in, const Sequence& at, int64_t j0, int64_t n) : steps{in, at, j0, n, {}}, x(&in.k) {
-    steps.go_to(*x, 0);
-    for (int i = 0; i < kAheadSteps; ++i) next();
+class Ahead {
+ public:
+  explicit Ahead(const Range<T>& range) : range_(range), x_(&range.in.k), rows_(range.find(*x_, 0)) {
+    const int64_t steps = ceil_div(kAheadBytes, kStepKeys * range.in.D * int64_t(sizeof(T)));
+    for (int64_t i = 0; i < steps; ++i)
+      if (const T* row = next())
+        for (int64_t key = 0; key < kStepKeys; ++key, row += range.in.k.token)
+          for (int64_t d = 0; d < range.in.D; d += int64_t(64 / sizeof(T))) __builtin_prefetch(row + d);
   }
-  void next() {
-    if (!x) return;
-    const int64_t bytes = steps.in.D * int64_t(sizeof(T)), offset = kv * x->head;
-    for (const T* row : steps.rows)
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(row + offset) + at);
-    if (++kv < steps.in.Hkv) return;
-    kv = 0;
-    if ((j += kStepKeys) >= steps.n) {
-      x = x == &steps.in.k ? &steps.in.v : nullptr;
-      j = 0;
+  // Where the rows of the next step begin, or null.
+  const T* next() {
+    const T* rows = rows_ ? rows_ + kv_ * x_->head : nullptr;
+    if (++kv_ < range_.in.Hkv) return rows;
+    kv_ = 0;
+    j_ += kStepKeys;
+    if (j_ >= range_.n && x_ == &range_.in.k) {
+      x_ = &range_.in.v;
+      j_ = 0;
     }
-    if (x) steps.go_to(*x, j);
+    rows_ = range_.find(*x_, j_);
+    return rows;
   }
+
+ private:
+  const Range<T>& range_;
+  const Heads<const T>* x_;
+  const T* rows_;
+  int64_t j_ = 0, kv_ = 0;
 };
 
 // p = 2^(s - max s) for one row's n scores of keys from j on, as words; returns the maximum and the sum. What s and p
@@ -121,42 +131,41 @@ void attend_range(const AttentionForward<T>& p, const Sequence& sequence, int64_
                   const Parts* parts) {
   using P = std::conditional_t<Words<T>::kPer == 2, bfloat16, float>;
   const int64_t D = p.in.D, Hkv = p.in.Hkv, rows = sequence.T * p.in.G(), words = query_words<T>(D);
-  const int64_t lanes = parts[0].lanes, ld = round_up(n, 16), ldp = ld / Words<T>::kPer;
+  const int64_t lanes = parts[0].lanes, lds = round_up(n, 16) + 16, ldp = lds / Words<T>::kPer;
   const auto group = [&](int64_t kv) { return Group<T>{p.in, sequence, kv}; };
-  alignas(64) static constexpr T kNothing[kMaxHeadDim] = {};
 
   Scratch<uint32_t> q(Hkv * rows * words), weights(Hkv * rows * ldp);
-  Scratch<float> s(Hkv * rows * ld);
+  Scratch<float> s(Hkv * rows * lds);
+  Scratch<T> copy(kStepKeys * D);
   for (int64_t i = 0; i < Hkv * rows; ++i) pack_query(q + i * words, group(i / rows).row_of(p.in.q, i % rows), D);
 
-  Ahead<T> ahead(p.in, sequence, j0, n);
-  Steps<T> steps{p.in, sequence, j0, n, {}};
-  StepRows<T> at;
-  for (int64_t j = 0; j < n; j += kStepKeys) {
-    steps.go_to(p.in.k, j);
-    for (int64_t kv = 0; kv < Hkv; ++kv) {
-      for (int i = 0; i < kStepKeys; ++i) at[i] = steps.rows[i] + kv * p.in.k.head;
-      ahead.next();
-      score_rows<T>(s + kv * rows * ld + j, ld, q + kv * rows * words, at, D, rows);
+  const Range<T> keys{p.in, sequence, j0, n};
+  Ahead<T> ahead(keys);
+  // fn(kv, j, rows) for each step.
+  const auto for_steps = [&](const Heads<const T>& x, const auto& fn) {
+    for (int64_t j = 0; j < n; j += kStepKeys) {
+      const T* found = keys.find(x, j);
+      for (int64_t kv = 0; kv < Hkv; ++kv) {
+        const T* next = ahead.next();
+        if (!found) keys.copy(copy, x, j, kv);
+        fn(kv, j, found ? StepRows<T>{found + kv * x.head, next, x.token} : StepRows<T>{copy.get(), nullptr, D});
+      }
     }
-  }
+  };
+  for_steps(p.in.k, [&](int64_t kv, int64_t j, const StepRows<T>& k) {
+    score_rows<T>(s + kv * rows * lds + j, lds, q + kv * rows * words, k, D, rows);
+  });
   for (int64_t kv = 0; kv < Hkv; ++kv) {
     const Parts& part = parts[kv];
     for (int64_t r = 0; r < rows; ++r)
-      weigh_row(reinterpret_cast<P*>(weights + (kv * rows + r) * ldp), s + (kv * rows + r) * ld, n, group(kv), r, j0,
+      weigh_row(reinterpret_cast<P*>(weights + (kv * rows + r) * ldp), s + (kv * rows + r) * lds, n, group(kv), r, j0,
                 part.m[r * part.ranges + range], part.l[r * part.ranges + range]);
     memset(part.o + range * rows * lanes, 0, size_t(rows * lanes) * 4);
   }
-  for (int64_t j = 0; j < n; j += kStepKeys) {
-    const int64_t keys = min64(kStepKeys, n - j);
-    steps.go_to(p.in.v, j);
-    for (int64_t kv = 0; kv < Hkv; ++kv) {
-      for (int i = 0; i < kStepKeys; ++i) at[i] = i < keys ? steps.rows[i] + kv * p.in.v.head : kNothing;
-      ahead.next();
-      add_values<T>(parts[kv].o + range * rows * lanes, lanes, weights + kv * rows * ldp + j / Words<T>::kPer, ldp, at,
-                    keys, D, rows);
-    }
-  }
+  for_steps(p.in.v, [&](int64_t kv, int64_t j, const StepRows<T>& v) {
+    add_values<T>(parts[kv].o + range * rows * lanes, lanes, weights + kv * rows * ldp + j / Words<T>::kPer, ldp, v, D,
+                  rows);
+  });
 }
 
 // y = Σ_parts 2^(m - max m) o  /  Σ_parts 2^(m - max m) l

@@ -65,12 +65,12 @@ struct Chunk<bfloat16> {
 inline void store_sums(float* s, Vec a, Vec b, Vec c, Vec d) {
 #if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX512BF16)
   const auto fold = [](Vec x, Vec y) {
-    return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps((__m512)x, (__m512)y),
-                                          _mm512_unpackhi_ps((__m512)x, (__m512)y)));
+    return _mm512_castps_pd(
+        _mm512_add_ps(_mm512_unpacklo_ps((__m512)x, (__m512)y), _mm512_unpackhi_ps((__m512)x, (__m512)y)));
   };
   const __m512d ab = fold(a, b), cd = fold(c, d);
-  const __m512 t = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m512 t =
+      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
   const __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
   _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)));
 #elif defined(LK_ISA_AVX2)
@@ -83,8 +83,14 @@ inline void store_sums(float* s, Vec a, Vec b, Vec c, Vec d) {
 
 constexpr int kStepKeys = 8;  // keys of one head that are read together
 
+// Rows of one step at `at`, `ld` apart, and those that will be read some steps later. Each line of `next`, or none
+// where it is null, is asked for as a line of `at` is read: a burst of requests would stand in the way of the reads.
 template <typename T>
-using StepRows = const T* [kStepKeys];
+struct StepRows {
+  const T* at;
+  const T* next;
+  int64_t ld;
+};
 
 #if defined(LK_ISA_AVX2)
 constexpr int kScoreRows = 2, kValueRows = 4, kValueVecs = 2;
@@ -110,17 +116,23 @@ void pack_query(uint32_t* out, const T* q, int64_t D) {
   }
 }
 
-// s[r·ld + i] = ⟨q_r, k_i⟩ for NR query rows and NK keys.
-template <typename T, int NR, int NK>
-inline __attribute__((always_inline)) void score_keys(float* s, int64_t ld, const uint32_t* q, int64_t words,
-                                                      const T* const* k, int64_t D) {
+// s[r·lds + i] = ⟨q_r, k_i⟩ for NR query rows and the NK keys from `first` on.
+template <bool kAsk, typename T, int NR, int NK>
+inline __attribute__((always_inline)) void score_keys(float* s, int64_t lds, const uint32_t* q, int64_t words,
+                                                      const StepRows<T>& k, int64_t first, int64_t D) {
   using C = Chunk<T>;
   using W = Words<T>;
   Vec sum[NR][NK] = {};
-  const auto chunk = [&](int64_t d, int64_t left) __attribute__((always_inline)) {
+  const T* key_row = k.at + first * k.ld;
+  const T* next = k.next + first * k.ld;
+  const int64_t ld = k.ld;
+  const auto chunk = [&](int64_t left) __attribute__((always_inline)) {
     IVec key[NK][C::kKeyVecs];
 #pragma GCC unroll 8
-    for (int i = 0; i < NK; ++i) C::keys(key[i], k[i] + d, left);
+    for (int i = 0; i < NK; ++i) {
+      if (kAsk) __builtin_prefetch(next + i * ld);
+      C::keys(key[i], key_row + i * ld, left);
+    }
 #pragma GCC unroll 2
     for (int v = 0; v < C::kKeyVecs; ++v)
 #pragma GCC unroll 8
@@ -130,51 +142,58 @@ inline __attribute__((always_inline)) void score_keys(float* s, int64_t ld, cons
         for (int i = 0; i < NK; ++i) sum[r][i] = W::dot(sum[r][i], row, key[i][v]);
       }
     q += C::kKeyVecs * kLanes;
+    key_row += C::kSize;
+    next += C::kSize;
   };
-  int64_t d = 0;
-  for (; d + C::kSize <= D; d += C::kSize) chunk(d, C::kSize);
-  if (d < D) chunk(d, D - d);
+  for (; D >= C::kSize; D -= C::kSize) chunk(C::kSize);
+  if (D > 0) chunk(D);
 #pragma GCC unroll 8
   for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 2
-    for (int i = 0; i < NK; i += 4) store_sums(s + r * ld + i, sum[r][i], sum[r][i + 1], sum[r][i + 2], sum[r][i + 3]);
+    for (int i = 0; i < NK; i += 4) store_sums(s + r * lds + i, sum[r][i], sum[r][i + 1], sum[r][i + 2], sum[r][i + 3]);
 }
 
-// The same for kStepKeys keys and any number of rows.
-template <typename T, int NR = kScoreRows>
-void score_rows(float* s, int64_t ld, const uint32_t* q, const StepRows<T>& k, int64_t D, int64_t rows) {
+// The same for a whole step.
+template <bool kAsk, typename T, int NR>
+__attribute__((noinline)) void score_step(float* s, int64_t lds, const uint32_t* q, int64_t words, const StepRows<T>& k,
+                                          int64_t D) {
   constexpr int NK = NR <= kScoreRows / 2 ? 8 : 4;
-  const int64_t words = query_words<T>(D);
-  if constexpr (NR > 0) {
-    for (; rows >= NR; rows -= NR, s += NR * ld, q += NR * words)
-      for (int i = 0; i < kStepKeys; i += NK) score_keys<T, NR, NK>(s + i, ld, q, words, k + i, D);
-    score_rows<T, NR - 1>(s, ld, q, k, D, rows);
-  }
+  for (int64_t i = 0; i < kStepKeys; i += NK) score_keys<kAsk, T, NR, NK>(s + i, lds, q, words, k, i, D);
 }
 
 // o [NR, ...] += p [NR, keys] · v [keys, chunks from d on], p in words at ldp.
-template <typename T, int NR, int CHUNKS>
+template <bool kAsk, typename T, int NR, int CHUNKS>
 inline __attribute__((always_inline)) void add_chunks(float* o, int64_t ldo, const uint32_t* p, int64_t ldp,
-                                                      const T* const* v, int64_t keys, int64_t d, int64_t left) {
+                                                      const StepRows<T>& v, int64_t d, int64_t left) {
   using C = Chunk<T>;
   using W = Words<T>;
   constexpr int kVecs = CHUNKS * C::kValueVecs;
   Vec acc[NR][kVecs];
   o += d;
+  const T *row = v.at + d, *next = v.next + d;
+  const int64_t ld = v.ld;
 #pragma GCC unroll 8
   for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 8
     for (int i = 0; i < kVecs; ++i) acc[r][i] = load(o + r * ldo + i * kLanes);
-  for (int64_t j = 0; j < keys; j += W::kPer, ++p) {
+  for (int j = 0; j < kStepKeys; j += W::kPer) {
     IVec x[CHUNKS][C::kValueVecs];
 #pragma GCC unroll 8
-    for (int c = 0; c < CHUNKS; ++c) C::values(x[c], v[j] + d + c * C::kSize, v[j + W::kPer - 1] + d + c * C::kSize, left);
+    for (int c = 0; c < CHUNKS; ++c) {
+      const T* at = row + c * C::kSize;
+      if (kAsk) __builtin_prefetch(next + c * C::kSize);
+      if (kAsk && W::kPer == 2) __builtin_prefetch(next + ld + c * C::kSize);
+      C::values(x[c], at, at + (W::kPer - 1) * ld, left);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < NR; ++r) {
       const IVec weight = ibroadcast(int32_t(p[r * ldp]));
 #pragma GCC unroll 8
       for (int i = 0; i < kVecs; ++i) acc[r][i] = W::dot(acc[r][i], x[i / C::kValueVecs][i % C::kValueVecs], weight);
     }
+    row += W::kPer * ld;
+    next += W::kPer * ld;
+    ++p;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < NR; ++r)
@@ -182,21 +201,37 @@ inline __attribute__((always_inline)) void add_chunks(float* o, int64_t ldo, con
     for (int i = 0; i < kVecs; ++i) store(o + r * ldo + i * kLanes, acc[r][i]);
 }
 
-// o [rows, ldo] += p [rows, ldp words] · v [keys, D]
-template <typename T, int NR = kValueRows>
-void add_values(float* o, int64_t ldo, const uint32_t* p, int64_t ldp, const StepRows<T>& v, int64_t keys, int64_t D,
-                int64_t rows) {
+// The same for whole rows.
+template <bool kAsk, typename T, int NR>
+__attribute__((noinline)) void add_step(float* o, int64_t ldo, const uint32_t* p, int64_t ldp, const StepRows<T>& v,
+                                        int64_t D) {
   using C = Chunk<T>;
   constexpr int kChunks = kValueVecs * (NR <= kValueRows / 2 ? 2 : 1) / C::kValueVecs;
+  int64_t d = 0;
+  for (; d + kChunks * C::kSize <= D; d += kChunks * C::kSize)
+    add_chunks<kAsk, T, NR, kChunks>(o, ldo, p, ldp, v, d, C::kSize);
+  for (; d + C::kSize <= D; d += C::kSize) add_chunks<kAsk, T, NR, 1>(o, ldo, p, ldp, v, d, C::kSize);
+  if (d < D) add_chunks<kAsk, T, NR, 1>(o, ldo, p, ldp, v, d, D - d);
+}
+
+// s [rows, lds] = q k of a step's keys, for any number of query rows.
+template <typename T, int NR = kScoreRows>
+void score_rows(float* s, int64_t lds, const uint32_t* q, StepRows<T> k, int64_t D, int64_t rows) {
+  const int64_t words = query_words<T>(D);
   if constexpr (NR > 0) {
-    for (; rows >= NR; rows -= NR, o += NR * ldo, p += NR * ldp) {
-      int64_t d = 0;
-      for (; d + kChunks * C::kSize <= D; d += kChunks * C::kSize)
-        add_chunks<T, NR, kChunks>(o, ldo, p, ldp, v, keys, d, C::kSize);
-      for (; d + C::kSize <= D; d += C::kSize) add_chunks<T, NR, 1>(o, ldo, p, ldp, v, keys, d, C::kSize);
-      if (d < D) add_chunks<T, NR, 1>(o, ldo, p, ldp, v, keys, d, D - d);
-    }
-    add_values<T, NR - 1>(o, ldo, p, ldp, v, keys, D, rows);
+    for (; rows >= NR; rows -= NR, s += NR * lds, q += NR * words, k.next = nullptr)
+      (k.next ? score_step<true, T, NR> : score_step<false, T, NR>)(s, lds, q, words, k, D);
+    score_rows<T, NR - 1>(s, lds, q, k, D, rows);
+  }
+}
+
+// o [rows, ldo] += p [rows, ldp words] · v of a step's keys
+template <typename T, int NR = kValueRows>
+void add_values(float* o, int64_t ldo, const uint32_t* p, int64_t ldp, StepRows<T> v, int64_t D, int64_t rows) {
+  if constexpr (NR > 0) {
+    for (; rows >= NR; rows -= NR, o += NR * ldo, p += NR * ldp, v.next = nullptr)
+      (v.next ? add_step<true, T, NR> : add_step<false, T, NR>)(o, ldo, p, ldp, v, D);
+    add_values<T, NR - 1>(o, ldo, p, ldp, v, D, rows);
   }
 }
 

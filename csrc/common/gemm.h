@@ -21,10 +21,12 @@ namespace llamakern::LK_ISA {
 
 constexpr int64_t kPanelRows = 192;   // rows of a panel, in L2; a multiple of every tile's rows
 constexpr int64_t kBlockWords = 256;  // words of a panel's rows at most
-constexpr int64_t kGroupStrips = 8;   // strips that share a panel once it is filled
+constexpr int64_t kGroupLanes = 512;  // lanes that share a panel once it is filled; their C stays in L2
 
 template <int MV>
 constexpr int kWidth = MV * kLanes;  // lanes of a strip
+template <int MV>
+constexpr int64_t kGroupStrips = kGroupLanes / kWidth<MV>;
 template <int MV>
 constexpr int kRows = kTileVecs * kTileRows / MV;  // rows of a tile: the same registers for fewer lanes
 static_assert(kPanelRows % kRows<1> == 0 && kPanelRows % kRows<kTileVecs> == 0);
@@ -98,20 +100,23 @@ enum class Panel {
 // By row: row n is row n of w [N][K].
 template <typename W, typename T>
 struct DenseRows {
+  static constexpr int kAhead = 12;  // rows, to be fetched
   const T* w;
   int64_t ld, K;
 
   void operator()(uint32_t* out, int64_t row, int64_t word, int64_t words) const {
     const T* p = w + row * ld;
-    for (int64_t k = word * W::kPer, end = k + words * W::kPer; k < end; k += kLanes * W::kPer, out += kLanes)
+    for (int64_t k = word * W::kPer, end = k + words * W::kPer; k < end; k += kLanes * W::kPer, out += kLanes) {
+      __builtin_prefetch(p + k + kAhead * ld);
       store_words(out, W::along(p + k, K - k));
+    }
   }
 };
 
 // By word: row n is column n of w [K][N].
 template <typename W, typename T>
 struct DenseColumns {
-  static constexpr int kAhead = 8;  // words, to be fetched: they lie too far apart for the machine to see a stream
+  static constexpr int kAhead = 16;  // words, to be fetched: they lie too far apart for the machine to see a stream
   const T* w;
   int64_t ld, K;
 
@@ -140,12 +145,18 @@ void fill_panel(uint32_t* panel, const Fill& fill, int64_t row, int64_t rows, in
   }
 }
 
-// C[rows][width] = (add ? C : 0) + panel · strip, for rows up to a whole tile.
+// C[rows][width] = (add ? C : 0) + panel · strip, for rows up to a whole tile. Meanwhile the C of each next tile comes to
+// L1, and the lanes of the next block, as many as those of this one, to L2.
 template <typename W, int MV, Panel kPanel>
-void multiply(float* c, bool add, const uint32_t* strip, const uint32_t* panel, int64_t rows, int64_t words) {
+void multiply(float* c, bool add, const uint32_t* strip, const uint32_t* panel, int64_t rows, int64_t words,
+              const uint32_t* next, int64_t padded) {
   constexpr int RS = kPanel == Panel::kByRow ? kDepth<MV> : 1, KS = kPanel == Panel::kByRow ? 1 : kPanelRows;
-  for (int64_t r = 0; r < rows; r += kRows<MV>)
-    tile<W, MV, kRows<MV>, RS, KS>(c + r * kWidth<MV>, kWidth<MV>, add, strip, kWidth<MV>, panel + r * RS, words);
+  constexpr int64_t width = kWidth<MV>, line = 16;
+  const int64_t share = round_up(words * kRows<MV> * width / padded, line);
+  for (int64_t r = 0; r < rows; r += kRows<MV>, c += kRows<MV> * width, next += share) {
+    for (int64_t i = 0; i < share; i += line) __builtin_prefetch(next + i, 0, 2);
+    tile<W, MV, kRows<MV>, RS, KS>(c, width, add, strip, width, panel + r * RS, words);
+  }
 }
 
 // y[row·ld + lane] = finish(C[row][lane]) for the rows and lanes that exist.
@@ -203,14 +214,17 @@ __attribute__((noinline)) static void accumulate(float* c, bool& add, uint32_t* 
   for (int64_t word = 0; word < segment.words; word += kDepth<MV>) {
     const int64_t words = min64(segment.words - word, kDepth<MV>);
     const auto block = [&](int64_t s) { return segment.lanes + ((strip + s) * segment.words + word) * width; };
+    const auto after = [&](int64_t s) { return s + 1 < count ? block(s + 1) : block(0) + words * width; };
     // The first strip multiplies rows while they are fresh in L1; the others find the whole panel in L2.
     const int64_t step = kPanel == Panel::kByRow ? tile_rows : padded;
     for (int64_t r = 0; r < padded; r += step) {
       uint32_t* part = panel + r * kDepth<MV>;
       fill_panel<MV, kPanel>(part, segment.fill, row + r, min64(rows - r, step), word, words);
-      multiply<W, MV, kPanel>(c + r * width, add, block(0), part, step, words);
+      const uint32_t* next = after(0) + words * width * r / padded;
+      multiply<W, MV, kPanel>(c + r * width, add, block(0), part, step, words, next, padded);
     }
-    for (int64_t s = 1; s < count; ++s) multiply<W, MV, kPanel>(c + s * c_strip, add, block(s), panel, rows, words);
+    for (int64_t s = 1; s < count; ++s)
+      multiply<W, MV, kPanel>(c + s * c_strip, add, block(s), panel, rows, words, after(s), padded);
     add = true;
   }
   for (int64_t s = 0; s < count && add; ++s) segment.after(c + s * c_strip, strip + s, row, rows);
@@ -220,7 +234,7 @@ __attribute__((noinline)) static void accumulate(float* c, bool& add, uint32_t* 
 template <typename W, int MV, Panel kPanel, typename Store, typename... Segments>
 void gemm(int64_t lanes, int64_t rows, const Store& store, const Segments&... segments) {
   constexpr int64_t width = kWidth<MV>;
-  const int64_t strips = ceil_div(lanes, width), groups = ceil_div(strips, kGroupStrips);
+  const int64_t strips = ceil_div(lanes, width), groups = ceil_div(strips, kGroupStrips<MV>);
   const int64_t group = ceil_div(strips, max64(1, groups));
   // By word a panel begins at a multiple of 64 rows, where rows that are decoded in units of 64 begin.
   const int64_t panel_rows = min64(kPanelRows, round_up(ceil_div(rows, 8), kPanel == Panel::kByRow ? kRows<1> : 64));

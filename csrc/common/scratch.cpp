@@ -2,17 +2,33 @@
 // in use at once, up to kKeep, when it is empty again.
 #include "scratch.h"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <new>
 
 namespace llamakern {
 namespace {
 
+constexpr size_t kHugePage = size_t(2) << 20;
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kKeep = 0;  // each piece by itself, so that the sanitizer sees its end
+constexpr size_t kLarge = size_t(-1);
 #else
 constexpr size_t kKeep = size_t(64) << 20;
+constexpr size_t kLarge = kHugePage;
 #endif
+
+// What is large lies in pages of 2 MB where the system has them: fewer faults, fewer misses of translations.
+void* allocate(size_t bytes) {
+  if (bytes < kLarge) return std::aligned_alloc(64, bytes);
+  bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  void* memory = std::aligned_alloc(kHugePage, bytes);
+#ifdef MADV_HUGEPAGE
+  if (memory) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
 
 size_t padded(size_t bytes) { return (bytes + 127) / 64 * 64; }
 
@@ -30,7 +46,7 @@ void* scratch_take(size_t bytes) {
   bytes = padded(bytes);
   Stack& s = stack;
   const bool inside = s.top + bytes <= s.size;
-  void* piece = inside ? s.base + s.top : std::aligned_alloc(64, bytes);
+  void* piece = inside ? s.base + s.top : allocate(bytes);
   if (!piece) throw std::bad_alloc();
   s.in_use += bytes;
   if (s.in_use > s.most) s.most = s.in_use;
@@ -50,7 +66,7 @@ void scratch_give(void* piece, size_t bytes) {
   if (s.in_use == 0 && s.most > s.size && s.size < kKeep) {
     std::free(s.base);
     const size_t size = s.most < kKeep ? s.most : kKeep;
-    s.base = static_cast<char*>(std::aligned_alloc(64, size));
+    s.base = static_cast<char*>(allocate(size));
     s.size = s.base ? size : 0;
   }
 }

@@ -84,9 +84,9 @@ static void scores(Chunk<T, MV>& k) {
   parallel_for(k.blocks, [&](int64_t block) {
     const int64_t rows = k.end_of(block) - block * kVocabBlock, c_strip = round_up(rows, kRows<MV>) * width;
     Scratch<uint32_t> panel(kPanelRows * kBlockWords);
-    Scratch<float> c(min64(k.strips, kGroupStrips) * c_strip);
-    for (int64_t strip = 0; strip < k.strips; strip += kGroupStrips) {
-      const int64_t here = min64(k.strips - strip, kGroupStrips);
+    Scratch<float> c(min64(k.strips, kGroupStrips<MV>) * c_strip);
+    for (int64_t strip = 0; strip < k.strips; strip += kGroupStrips<MV>) {
+      const int64_t here = min64(k.strips - strip, kGroupStrips<MV>);
       bool add = false;
       accumulate<W, MV, Panel::kByRow>(c, add, panel, segment, strip, here, block * kVocabBlock, rows);
       if (!add) memset(c, 0, size_t(here * c_strip) * 4);  // C = 0

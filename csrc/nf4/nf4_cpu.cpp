@@ -1,6 +1,6 @@
 // NF4 on the CPU: the codec, and the linear from packed bytes.
-#include "../common/gemm.h"
 #include "nf4_stream.h"
+#include "nf4_strip.h"
 
 namespace llamakern::LK_ISA {
 
@@ -83,15 +83,20 @@ static void nf4_linear(const Nf4Linear<T>& p) {
   const int64_t M = p.M, N = p.w.N, K = p.w.K;
   if (can_stream(p.w, M))
     return with_tokens(M, [&]<int tokens>() {
-      stream_linear<W, tokens>(p.w, p.x, p.x_row, [&](int64_t n, int64_t m, float y) {
-        p.y[m * N + n] = from_float<T>(p.bias ? y + p.bias[n] : y);
-      });
+      stream_linear<W, tokens>(
+          p.w, p.x, p.x_row, [](int64_t, int64_t) { return Vec{}; },
+          [&](int64_t n, int64_t m, float y) { p.y[m * N + n] = from_float<T>(p.bias ? y + p.bias[n] : y); });
     });
   with_strips(M, [&]<int MV>() {
-    Scratch<uint32_t> lanes(packed_size<W, MV>(M, K));
-    pack_rows<W, MV>(lanes, p.x, p.x_row, M, K);
-    gemm<W, MV, Panel::kByRow>(M, N, StoreTokens<MV, T>{p.y, M, N, p.bias},
-                               Segment{lanes, words_of<W>(K), Nf4Rows<W>{p.w}});
+    const StoreTokens<MV, T> store{p.y, M, N, p.bias};
+    Scratch<uint32_t> lanes(packed_groups<W, MV>(M, K));
+    if (!in_units(p.w)) {
+      pack_rows<W, MV>(lanes, p.x, p.x_row, M, K);
+      return gemm<W, MV, Panel::kByRow>(M, N, store, Segment{lanes, words_of<W>(K), Nf4Rows<W>{p.w}});
+    }
+    pack_rows_groups<W, MV>(lanes, p.x, p.x_row, M, K);
+    if (M <= kWidth<MV>) return strip_linear<W, MV>(p.w, lanes, [](float*, int64_t, int64_t) { return false; }, store);
+    gemm<W, MV, Panel::kByRow>(M, N, store, Segment{lanes, group_words<W>(K), Nf4Rows<W>{p.w}});
   });
 }
 

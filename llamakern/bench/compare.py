@@ -7,9 +7,10 @@ slower only if every witness says so, by more than TOLERANCE and the quartiles o
 
 from pathlib import Path
 
-from llamakern.bench.table import read_table
+from llamakern.bench.table import read_table, times_ours
 
 TOLERANCE = 0.08  # beside the quartiles: pages lie elsewhere in each process
+UNKNOWN = 0.05  # in place of quartiles where a row has none
 SAME = ("cpu", "isa", "threads")
 
 
@@ -42,7 +43,7 @@ def judge(name: str, old: dict, new: dict) -> bool:
     """Whether the row became slower; prints its line."""
     changes = {witness: (after / before, spread) for witness, before, after, spread in witnesses(old, new)}
     plain = next(iter(new["ms"].values())) / next(iter(old["ms"].values()))
-    changes = changes or {"milliseconds": (plain, 0.5 * TOLERANCE)}
+    changes = changes or {"milliseconds": (plain, UNKNOWN)}
     least, noise = min(changes.values())
     allowed = TOLERANCE + noise
     verdict = "slower" if least > 1 + allowed else "faster" if max(changes.values())[0] < 1 / (1 + allowed) else ""
@@ -55,10 +56,11 @@ def witnesses(old: dict, new: dict):
     """(witness, ours over it before, the same now, relative spread of the two together)."""
     if old.get("share") and new.get("share") and old["bound"] == new["bound"]:
         yield old["bound"], 1 / old["share"][1], 1 / new["share"][1], spread(old["share"], new["share"])
-    for rival, values in new.get("times_ours", {}).items():
-        before = old.get("times_ours", {}).get(rival)
-        if before:
-            yield rival, 1 / before[1], 1 / values[1], spread(before, values)
+    for rival in list(new["ms"])[1:]:
+        if rival in old["ms"]:
+            kept = [row["times_ours"][rival] for row in (old, new) if rival in row.get("times_ours", {})]
+            both = spread(*kept) if len(kept) == 2 else UNKNOWN
+            yield rival, 1 / times_ours(old, rival), 1 / times_ours(new, rival), both
 
 
 def spread(*lists: list[float]) -> float:

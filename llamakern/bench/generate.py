@@ -7,6 +7,7 @@ import torch
 from llamakern.bench.models import preset, random_model
 from llamakern.bench.step import matmul_weights
 from llamakern.bench.table import Table
+from llamakern.decoding import decoder
 from llamakern.model import KVCache
 
 ABSENT = "benchmarks/bench_generate.py of a checkout races it on the same shapes"
@@ -19,6 +20,7 @@ def run(table: Table, arguments: argparse.Namespace, dtype: torch.dtype) -> None
     model = random_model(config, dtype, nf4=nf4, double_quant=arguments.double_quant, head=arguments.quantize_head)
     model.eval().requires_grad_(False)
     cache, tokens = model.new_cache(B, T + 1), torch.randint(0, config.vocab_size, (B, T))
+    one_more = decoder(model, cache)
     shape = f"{arguments.preset} {'nf4' if nf4 else 'dense'} layers={config.n_layers}" + f" batch={B}" * (B > 1)
     contestants = {"transformers": ABSENT, "llama.cpp": ABSENT}
     weight_bytes = read_bytes(model)
@@ -32,7 +34,7 @@ def run(table: Table, arguments: argparse.Namespace, dtype: torch.dtype) -> None
     @torch.inference_mode()
     def decode():
         rewind(cache, T)
-        model.lm_head(model.hidden(tokens[:, :1], cache=cache)[:, -1])
+        model.lm_head(one_more(tokens[:, 0]))
 
     body = matmul_weights(config) - config.dim * config.vocab_size
     table.row(

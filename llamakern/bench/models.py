@@ -7,7 +7,7 @@ from torch import nn
 
 from llamakern.config import PRESETS, LlamaConfig
 from llamakern.model import Llama
-from llamakern.nn import NF4Linear
+from llamakern.nn import NF4Linear, large_pages_
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +48,13 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, *, nf4: bool, double_q
                 setattr(module, name, nn.Parameter(filled))
     if type(model.lm_head) is nn.Linear:
         model.tie_weights()
+    large_pages_(model)
     return model
 
 
 def random_nf4(K: int, N: int, double_quant: bool) -> NF4Linear:
     made = NF4Linear(K, N, double_quant=double_quant)
-    made.weight.data.random_(0, 256)
+    made.weight.data.view(torch.int64).random_()
     if double_quant:
         made.absmax.data.random_(0, 256)
         made.absmax_scale.data.fill_(0.01)

@@ -34,7 +34,7 @@ from llamakern.bench.clock import quartiles, take_turns
 from llamakern.files import atomic_file
 
 RIVALS = ("transformers", "peft", "bitsandbytes", "kernels", "llama_cpp_python")  # kernels: more of bitsandbytes'
-DIGITS = 5  # significant ones in the file
+DIGITS = 7  # significant ones in the file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +188,7 @@ def line(row: dict) -> str:
     (name, ours), *rivals = row["ms"].items()
     text = f"{row['shape']:44s} {name} {ours:9.3f} ms"
     for rival, ms in rivals:
-        text += f"  {rival} {ms:9.3f} ms ({ms / ours:5.2f}x)"
+        text += f"  {rival} {ms:9.3f} ms ({times_ours(row, rival):5.2f}x)"
     for rival, why in row.get("absent", {}).items():
         text += f"  {rival} absent ({why})"
     if row.get("flops"):
@@ -208,12 +208,19 @@ def line(row: dict) -> str:
     return text
 
 
+def times_ours(row: dict, rival: str) -> float:
+    """The rival's time over ours: by turns where they were kept, else of the medians."""
+    if rival in row.get("times_ours", {}):
+        return row["times_ours"][rival][1]
+    return row["ms"][rival] / next(iter(row["ms"].values()))
+
+
 def read_table(file: Path) -> dict:
     """A table that was written before. ValueError if it is none."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-        if not all(isinstance(row["ms"], dict) and row["ms"] for row in table["rows"]):
-            raise KeyError("ms")
-        return table | {"title": table["title"], "machine": table["machine"]}
+        if not all(row["shape"] and all(ms > 0 for ms in row["ms"].values()) and row["ms"] for row in table["rows"]):
+            raise ValueError("a row without times")
+        return table | {"title": table["title"], "machine": dict(table["machine"])}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"bench: {file} must hold a table written by --json, got {error!r}") from error

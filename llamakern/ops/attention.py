@@ -95,8 +95,13 @@ def cache_append_(
     if wants_grad(k_cache, v_cache, k, v):
         raise RuntimeError("cache_append_: has no gradient; use torch.no_grad()")
     _append(k_cache, v_cache, k, v, lengths, block_table)
+    written(k_cache, v_cache)
+
+
+def written(k_cache, v_cache):
+    """Counts a new version of each, so that a backward that saved them before sees the change."""
     if not (torch.compiler.is_compiling() or k_cache.is_inference() or v_cache.is_inference()):
-        increment_version((k_cache, v_cache))  # so that a backward that saved them before sees the change
+        increment_version((k_cache, v_cache))
 
 
 def _autocast(q, k, v):

@@ -235,6 +235,7 @@ _quantize = plain_op("nf4_quantize", fake=_fake_quantize)
 _dequantize = plain_op("nf4_dequantize", fake=_fake_dequantize)
 _double_quantize = plain_op("nf4_double_quantize", fake=_fake_double_quantize)
 _nf4_linear_backward = backward_op("nf4_linear_backward", fake=_fake_backward)
+large_pages_ = plain_op("large_pages_", fake=lambda *_: None)  # of a packed weight, see llamakern.nn.large_pages_
 
 
 def _setup_context(ctx, inputs, output):
