@@ -262,12 +262,13 @@ def main():
     args = parse()
     if args.child:
         return child(args.child)
-    title = Table(f"train_{args.method}" + "_curve" * args.curve, args, axis="T" if args.curve else "")
+    name = f"train_{args.preset}" if args.preset else f"train_{args.method}" + "_curve" * args.curve
+    title = Table(name, args, axis="T" if args.curve else "")
     task = {"method": args.method, "preset": args.preset, "folder": ""}
     if args.preset:
         config = LlamaConfig.preset(args.preset)
         shape = Shape(V=config.vocab_size, B=1, T=args.tokens)
-        label = f"{args.preset} double-quantised, checkpointed, bfloat16 head T={args.tokens}"
+        label = f"qlora {args.preset} double-quantised, bfloat16 head, checkpointed T={args.tokens} bfloat16"
         found = race(task | {"shape": asdict(shape)}, ["ours"], args.steps, warm=0)
         details(title.add(row(label, args.tokens, found, step_flops(config, args.tokens, 1, "qlora"))))
         return title.done()
@@ -278,7 +279,7 @@ def main():
             found = race(
                 task | {"folder": folder, "shape": asdict(shape)}, args.only or ["ours", *RIVALS], args.steps, WARM
             )
-            label = f"C={shape.C} {shape.layers} layers V={shape.V} B={B} T={T}"
+            label = f"{args.method} C={shape.C} {shape.layers} layers V={shape.V} B={B} T={T} bfloat16"
             details(title.add(row(label, B * T, found, shape.flops())))
     return title.done()
 
