@@ -263,7 +263,8 @@ def main():
     args = parse()
     if args.child:
         return child(args.child)
-    title = Table(f"train_{args.preset or args.method}" + "_curve" * args.curve, args, axis="T" if args.curve else "")
+    name = f"train_{args.preset}" if args.preset else f"train_{args.method}" + "_curve" * args.curve
+    title = Table(name, args, axis="T" if args.curve else "")
     missing = args.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None
     absent = dict.fromkeys(RIVALS, "bitsandbytes is not installed") if missing else {}
     names = [name for name in args.only or ("ours", *RIVALS) if name not in absent]
@@ -271,7 +272,7 @@ def main():
     if args.preset:
         config = LlamaConfig.preset(args.preset)
         shape = Shape(V=config.vocab_size, B=1, T=args.tokens)
-        label = f"{args.preset} double-quantised, checkpointed, bfloat16 head T={args.tokens}"
+        label = f"qlora {args.preset} double-quantised, bfloat16 head, checkpointed T={args.tokens} bfloat16"
         found = race(task | {"shape": asdict(shape)}, ["ours"], args.steps, warm=0)
         details(title.add(row(label, args.tokens, found, step_flops(config, args.tokens, 1, "qlora"))))
         return title.done()
@@ -280,7 +281,7 @@ def main():
         for B, T in [(1, T) for T in CURVE] if args.curve else [(args.batch, args.tokens)]:
             shape = Shape(B=B, T=T)
             found = race(task | {"folder": folder, "shape": asdict(shape)}, names, args.steps, WARM)
-            label = f"C={shape.C} {shape.layers} layers V={shape.V} B={B} T={T}"
+            label = f"{args.method} C={shape.C} {shape.layers} layers V={shape.V} B={B} T={T} bfloat16"
             details(title.add(row(label, B * T, found, shape.flops()) | {"absent": absent}))
     return title.done()
 

@@ -50,17 +50,21 @@ void dispatch_lora(const char* op, const char* name, const Tensor& x, const Adap
   });
 }
 
-Two lora_linear(const Tensor& base_, const Tensor& x_, const Tensor& w_, const Tensor& lora_a, const Tensor& lora_b,
+Two lora_linear(MaybeTensor base_, const Tensor& x_, const Tensor& w_, const Tensor& lora_a, const Tensor& lora_b,
                 MaybeTensor bias_, MaybeTensor seed, double scale, double dropout) {
   const char* op = "lora_linear";
   check(w_.dim() == 2, op, ": w must have shape (N, K), got ", shape_text(w_.sizes()));
   const int64_t N = w_.size(0), K = w_.size(1);
   const Rows x = rows_of(op, "x", "K", x_, K);
   check_same_dtype(op, "w", w_, "x", x_);
-  check_same_dtype(op, "base", base_, "x", x_);
-  const Tensor base = as_contiguous(base_), w = as_contiguous(w_);
+  const Tensor w = as_contiguous(w_);
   const MaybeTensor bias = parameter(op, "bias", bias_, {N}, x_);
-  check(base.numel() == x.M * N, op, ": base must have shape (..., N) like x, got ", shape_text(base.sizes()));
+  MaybeTensor base;
+  if (base_) {
+    check_same_dtype(op, "base", *base_, "x", x_);
+    base = as_contiguous(*base_);
+    check(base->numel() == x.M * N, op, ": base must have shape (..., N) like x, got ", shape_text(base->sizes()));
+  }
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x_);
   const Tensor y = empty_rows(x_, N, x_.scalar_type()), h = empty({x.M, adapter.R}, ScalarType::Float, x_);
   dispatch_lora(op, "x", x_, adapter, [&]<typename T, typename P>() {
@@ -164,7 +168,7 @@ Three nf4_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& 
 STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
   define_op(
       m, "lora_linear",
-      "(Tensor base, Tensor x, Tensor w, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, float scale, float "
+      "(Tensor? base, Tensor x, Tensor w, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, float scale, float "
       "dropout) -> (Tensor, Tensor)");
   define_op(
       m, "nf4_lora_linear",

@@ -51,10 +51,10 @@ template <typename T, typename P>
 struct LoraLinear {
   T* y;           // [M, N]  out
   float* h;       // [M, R]  out: the backward reads it
-  const T* base;  // [M, N]  x Wᵀ + bias
+  const T* base;  // [M, N]  x Wᵀ + bias, or null: then it is computed here, in one reduction with the adapter
   const T* x;     // [M, K]  row stride x_row
   int64_t x_row;
-  const T* w;      // [N, K]  and bias are read where T has too short a range for an element of base, but not for y
+  const T* w;  // [N, K]  beside a base, it and bias are read where T is too short for an element of it, but not for y
   Either<T> bias;  // [N] or null
   Lora<P> lora;
   int64_t M, N, K;

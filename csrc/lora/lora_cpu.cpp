@@ -181,10 +181,14 @@ static void lora_linear(const LoraLinear<T, P>& p) {
   const int64_t M = p.M, R = p.lora.R;
   with_strips(M, [&]<int MV>() {
     Scratch<uint32_t> lanes(packed_size<W, MV>(M, p.K)), h_lanes(packed_size<W, MV>(M, R));
-    if (!p.lora.drop.seed) pack_rows<W, MV>(lanes, p.x, p.x_row, M, p.K);
+    if (!p.base || !p.lora.drop.seed) pack_rows<W, MV>(lanes, p.x, p.x_row, M, p.K);
     down<W, MV, Order::kPlain>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, p.K);
-    gemm<W, MV, Panel::kByRow>(M, p.N, AddTokens<MV, T, P>{p},
-                               Segment{h_lanes, words_of<W>(R), DenseRows<W, P>{p.lora.b, R, R}});
+    const Segment adapter{h_lanes, words_of<W>(R), DenseRows<W, P>{p.lora.b, R, R}};
+    if (p.base)
+      gemm<W, MV, Panel::kByRow>(M, p.N, AddTokens<MV, T, P>{p}, adapter);
+    else
+      gemm<W, MV, Panel::kByRow>(M, p.N, StoreTokens<MV, T>{p.y, M, p.N, p.bias}, adapter,
+                                 Segment{lanes, words_of<W>(p.K), DenseRows<W, T>{p.w, p.K, p.K}});
   });
 }
 

@@ -18,6 +18,9 @@ from llamakern.ops._door import autocast_dtype, backward_op, differentiable, wan
 from llamakern.ops._remake import again, keep
 from llamakern.ops.nf4 import _shape, bias_gradient, nf4_linear_reference, scaled, tokens
 
+# Tokens from which on one reduction over base and adapter is faster than torch's linear and a pass of ours beside it.
+FUSED = {torch.float32: 32, torch.bfloat16: 1024, torch.float16: 32}
+
 
 def lora_linear(
     x: Tensor,  # (..., K)
@@ -35,9 +38,9 @@ def lora_linear(
     """y = out_scale ⊙ (x̂ Wᵀ + s·drop(x̂) Aᵀ Bᵀ) + bias, where x̂ = in_scale ⊙ x.
 
     x and w are float32, bfloat16 or float16; lora_a and lora_b both have that dtype or are both float32. Gradients flow
-    to every tensor that requires one, w included. With B = 0 the result is F.linear(x, w, bias), bit for bit. The same
-    seed gives the same dropout mask. Under autocast x and w take autocast's dtype. Raises ValueError for shapes and
-    values, TypeError for dtypes.
+    to every tensor that requires one, w included. With B = 0 the result is F.linear(x, w, bias), bit for bit; else, for
+    many tokens, base and adapter are one reduction (see FUSED). The same seed gives the same dropout mask. Under
+    autocast x and w take autocast's dtype. Raises ValueError for shapes and values, TypeError for dtypes.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -46,9 +49,10 @@ def lora_linear(
 
     def linear(x, bias, w, lora_a, lora_b):
         bias = None if bias is None else bias.to(x.dtype)
-        # torch's own routine: in bfloat16 it is as fast as ours, and the frozen base keeps its bits. The gradients of x
-        # and w are those of the fused op below.
         call = _recorded if wants_grad(x, w, lora_a, lora_b, bias) else _raw
+        if _is_fused(x, lora_b):
+            return call(None, x, w, lora_a, lora_b, bias, seed, scale, dropout)[0]
+        # torch's own routine: the frozen base keeps its bits. The gradients of x and w are those of the op below.
         base = F.linear(x, w, bias) if call is _raw else F.linear(x.detach(), w.detach(), bias)
         # An element of base may leave float16's range where y does not: then it is computed again, with this bias.
         again = bias.detach() if bias is not None and x.dtype == torch.float16 else None
@@ -149,6 +153,15 @@ def nf4_lora_linear_reference(
     return y if bias is None else y + bias.to(x.dtype)
 
 
+def _is_fused(x, lora_b):
+    """Whether base and adapter are one reduction: for many tokens it is faster. B = 0 keeps the bits of F.linear."""
+    plain = type(x) is Tensor and x.device.type == "cpu" and type(lora_b) in (Tensor, torch.nn.Parameter)
+    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    enough = FUSED.get(x.dtype, x.numel()) * x.shape[-1]
+    return x.numel() >= max(1, enough) and lora_b.device.type == "cpu" and bool(lora_b.detach().any())
+
+
 def _check_dense(x, w, bias):
     """What F.linear would refuse in its own words."""
     if w.dim() != 2:
@@ -198,8 +211,9 @@ _nf4_lora_linear_backward = backward_op("nf4_lora_linear_backward", fake=_fake_n
 
 
 def _setup_context(ctx, inputs, output):
-    _base, x, w, lora_a, lora_b, _bias, seed, *ctx.knobs = inputs
+    base, x, w, lora_a, lora_b, bias, seed, *ctx.knobs = inputs
     h = output[1]
+    ctx.bias_dtype = bias.dtype if base is None and bias is not None else None
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)  # zeros for h would be made at each call
     kept, ctx.remake = keep(x)
@@ -213,7 +227,8 @@ def _backward(ctx, dy, _dh):
     x, want_dx = again(kept, ctx.remake), ctx.needs_input_grad[1]
     dx, da, db = _lora_linear_backward(dy, x, w, lora_a, lora_b, h, seed, *ctx.knobs, want_dx)
     dw = _weight_gradient(tokens(dy), tokens(x)) if ctx.needs_input_grad[2] else None
-    return dy, dx if want_dx else None, dw, da, db, None, None, None, None
+    dbias = bias_gradient(dy, ctx.bias_dtype) if ctx.bias_dtype and ctx.needs_input_grad[5] else None
+    return dy if ctx.needs_input_grad[0] else None, dx if want_dx else None, dw, da, db, dbias, None, None, None
 
 
 def _weight_gradient(dy, x):
