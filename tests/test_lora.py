@@ -25,6 +25,7 @@ SHAPES = [
     (70, 200, 320, 64),  # several strips, panels and blocks
     (20, 30, 64, 200),  # a rank wider than a panel
     (1030, 33, 64, 4),  # so many tokens that a dense base is part of the reduction in bfloat16 too
+    (65, 1601, 1664, 16),  # rows enough to be cut into panels and pieces of panels, forward and backward
 ]
 RAGGED = [(1, 5, 33, 2), (70, 11, 99, 5)]
 BASES = ["dense", "nf4"]

@@ -22,6 +22,7 @@ SHAPES = [
     (1, 8, 2),  # one token
     (70, 5, 1),  # one word: the loss is 0
     (600, 8, 200),  # more strips than share a panel
+    (65, 1601, 1603),  # rows enough to be cut into panels and pieces of panels, in dh and in dW
 ]
 
 

@@ -36,6 +36,7 @@ SHAPES = [
     (64, 250, 192),  # one full strip, several panels
     (100, 33, 64),
     (600, 9, 64),  # several groups of strips
+    (65, 1601, 1664),  # rows enough to be cut into panels and pieces of panels, forward and backward
 ]
 RAGGED = [(1, 5, 33), (3, 7, 100), (16, 33, 65), (70, 11, 99)]  # blocks cross rows, rows start inside a byte
 
@@ -239,12 +240,33 @@ def test_flat_and_row_form_are_the_same_bytes(dtype):
     assert_same_bits(flat, ops.nf4_linear(x, weight, absmax))
 
 
-@pytest.mark.parametrize("M", [3, 150])
-def test_equal_bits_for_any_thread_count(M, dtype, isa):
-    weight, absmax, knobs = make_weight(300, 256)
-    x = torch.randn(M, 256).to(dtype).requires_grad_()
+@pytest.mark.parametrize("shape", [(3, 300, 256), (150, 300, 256), (70, 1601, 1600)], ids=label)
+def test_equal_bits_for_any_thread_count(shape, dtype, isa):
+    M, N, K = shape
+    weight, absmax, knobs = make_weight(N, K)
+    x = torch.randn(M, K).to(dtype).requires_grad_()
     check_thread_counts(lambda x: ops.nf4_linear(x, weight, absmax, **knobs), (x,))
     check_thread_counts(lambda w: ops.nf4_quantize(w), (torch.randn(300, 256).to(dtype),))
+
+
+def test_rows_do_not_depend_on_how_they_are_cut(dtype, isa):
+    """A row of W gives the same bits in a panel, in a piece of one and in a small matrix; likewise its columns in dx."""
+    M, N, K = 70, 1601, 1664
+    weight, absmax, _ = make_weight(N, K)
+    x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+
+    def run(x, dy, weight, absmax):
+        x = x.requires_grad_()
+        y = ops.nf4_linear(x, weight, absmax)
+        return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+    y, dx = run(x, dy, weight, absmax)
+    for begin, end in ((0, 100), (1100, 1200), (1500, N)):
+        assert_same_bits(run(x, dy[:, begin:end], weight[begin:end], absmax[begin:end])[0], y[:, begin:end])
+    for begin, end in ((0, 128), (1088, 1216), (1600, K)):
+        units = slice(begin // 64, end // 64)
+        part = weight[:, begin // 2 : end // 2], absmax[:, units]
+        assert_same_bits(run(x[:, begin:end], dy, *part)[1], dx[:, begin:end])
 
 
 def test_a_token_does_not_depend_on_its_neighbours(dtype, isa):

@@ -145,14 +145,13 @@ void fill_panel(uint32_t* panel, const Fill& fill, int64_t row, int64_t rows, in
   }
 }
 
-// C[rows][width] = (add ? C : 0) + panel · strip, for rows up to a whole tile. Meanwhile the C of each next tile comes to
-// L1, and the lanes of the next block, as many as those of this one, to L2.
+// C[rows][width] = (add ? C : 0) + panel · strip, for rows up to a whole tile. With each tile `share` words from `next`
+// on come to L2.
 template <typename W, int MV, Panel kPanel>
 void multiply(float* c, bool add, const uint32_t* strip, const uint32_t* panel, int64_t rows, int64_t words,
-              const uint32_t* next, int64_t padded) {
+              const uint32_t* next, int64_t share) {
   constexpr int RS = kPanel == Panel::kByRow ? kDepth<MV> : 1, KS = kPanel == Panel::kByRow ? 1 : kPanelRows;
   constexpr int64_t width = kWidth<MV>, line = 16;
-  const int64_t share = round_up(words * kRows<MV> * width / padded, line);
   for (int64_t r = 0; r < rows; r += kRows<MV>, c += kRows<MV> * width, next += share) {
     for (int64_t i = 0; i < share; i += line) __builtin_prefetch(next + i, 0, 2);
     tile<W, MV, kRows<MV>, RS, KS>(c, width, add, strip, width, panel + r * RS, words);
@@ -214,34 +213,49 @@ __attribute__((noinline)) static void accumulate(float* c, bool& add, uint32_t* 
   for (int64_t word = 0; word < segment.words; word += kDepth<MV>) {
     const int64_t words = min64(segment.words - word, kDepth<MV>);
     const auto block = [&](int64_t s) { return segment.lanes + ((strip + s) * segment.words + word) * width; };
-    const auto after = [&](int64_t s) { return s + 1 < count ? block(s + 1) : block(0) + words * width; };
+    // The lanes that are multiplied after those of strip s, fetched while that is multiplied: a share with each tile.
+    const auto next = [&](int64_t s) { return s + 1 < count ? block(s + 1) : block(0) + words * width; };
+    const int64_t share = ceil_div(words * width * tile_rows, padded);
     // The first strip multiplies rows while they are fresh in L1; the others find the whole panel in L2.
     const int64_t step = kPanel == Panel::kByRow ? tile_rows : padded;
     for (int64_t r = 0; r < padded; r += step) {
       uint32_t* part = panel + r * kDepth<MV>;
       fill_panel<MV, kPanel>(part, segment.fill, row + r, min64(rows - r, step), word, words);
-      const uint32_t* next = after(0) + words * width * r / padded;
-      multiply<W, MV, kPanel>(c + r * width, add, block(0), part, step, words, next, padded);
+      multiply<W, MV, kPanel>(c + r * width, add, block(0), part, step, words, next(0) + r / tile_rows * share, share);
     }
     for (int64_t s = 1; s < count; ++s)
-      multiply<W, MV, kPanel>(c + s * c_strip, add, block(s), panel, rows, words, after(s), padded);
+      multiply<W, MV, kPanel>(c + s * c_strip, add, block(s), panel, rows, words, next(s), share);
     add = true;
   }
   for (int64_t s = 0; s < count && add; ++s) segment.after(c + s * c_strip, strip + s, row, rows);
 }
 
+// The rows of each task: panels, and where these are many, the last are cut into pieces, so that no thread waits
+// long for the last task. By word they begin at a multiple of 64 rows, where rows that are decoded in units of 64 begin.
+struct Cut {
+  int64_t rows, panel, piece, panels;
+
+  Cut(int64_t rows, Panel kind) : rows(rows), piece(kind == Panel::kByRow ? 48 : 64) {
+    panel = max64(1, min64(kPanelRows, round_up(ceil_div(rows, 8), kind == Panel::kByRow ? kRows<1> : 64)));
+    panels = panel == kPanelRows ? rows / panel - 2 : ceil_div(rows, panel);
+  }
+  int64_t tasks() const { return panels + ceil_div(max64(0, rows - panels * panel), piece); }
+  int64_t begin(int64_t task) const {
+    return min64(rows, min64(task, panels) * panel + max64(0, task - panels) * piece);
+  }
+};
+
 // store(C [rows][width], strip, first row, rows) once for each block of C.
 template <typename W, int MV, Panel kPanel, typename Store, typename... Segments>
 void gemm(int64_t lanes, int64_t rows, const Store& store, const Segments&... segments) {
   constexpr int64_t width = kWidth<MV>;
-  const int64_t strips = ceil_div(lanes, width), groups = ceil_div(strips, kGroupStrips<MV>);
+  const Cut cut(rows, kPanel);
+  const int64_t strips = ceil_div(lanes, width), least = ceil_div(8, max64(1, cut.tasks()));  // of 8 tasks
+  const int64_t groups = max64(ceil_div(strips, kGroupStrips<MV>), min64(strips, least));
   const int64_t group = ceil_div(strips, max64(1, groups));
-  // By word a panel begins at a multiple of 64 rows, where rows that are decoded in units of 64 begin.
-  const int64_t panel_rows = min64(kPanelRows, round_up(ceil_div(rows, 8), kPanel == Panel::kByRow ? kRows<1> : 64));
-  const int64_t panels = ceil_div(rows, max64(1, panel_rows));
-  parallel_for(groups * panels, [&](int64_t task) {
+  parallel_for(groups * cut.tasks(), [&](int64_t task) {
     const int64_t strip = task % groups * group, count = min64(strips - strip, group);
-    const int64_t row = task / groups * panel_rows, here = min64(rows - row, panel_rows);
+    const int64_t row = cut.begin(task / groups), here = cut.begin(task / groups + 1) - row;
     const int64_t c_strip = round_up(here, kRows<MV>) * width;
     if (count <= 0) return;
     Scratch<uint32_t> panel(kPanelRows * kBlockWords);
