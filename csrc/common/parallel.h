@@ -5,10 +5,12 @@
 #pragma once
 #include <omp.h>
 
+#include <atomic>
 #include <cstdint>
 #include <exception>
 
 #include "isa.h"
+#include "types.h"
 
 namespace llamakern::LK_ISA {
 
@@ -29,6 +31,33 @@ void parallel_for(int64_t tasks, const Fn& fn) {
     }
   }
   if (failure) std::rethrow_exception(failure);
+}
+
+// The same for tasks whose memory follows one another: a thread takes neighbours, so that what it fetches ahead is its
+// own, and helps with the shares of others when its share is done.
+template <typename Fn>
+void parallel_neighbours(int64_t tasks, const Fn& fn) {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  constexpr int kMost = 256;
+  const int shares = omp_in_parallel() ? 1 : int(min64(min64(omp_get_max_threads(), kMost), tasks));
+  if (shares <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) fn(task);
+    return;
+  }
+  Share share[kMost];
+  for (int i = 0; i < shares; ++i) {
+    share[i].next = tasks * i / shares;
+    share[i].end = tasks * (i + 1) / shares;
+  }
+  parallel_for(shares, [&](int64_t me) {
+    for (int i = 0; i < shares; ++i) {
+      Share& from = share[(me + i) % shares];
+      for (int64_t task; (task = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) fn(task);
+    }
+  });
 }
 
 // The same for cheap items: fn(begin, end) over pieces of at most `grain` items.

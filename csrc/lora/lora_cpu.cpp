@@ -1,8 +1,8 @@
 // LoRA on the CPU: the adapter is one more segment of the base's matmul.
 #include "lora.h"
 
-#include "../common/gemm.h"
 #include "../nf4/nf4_stream.h"
+#include "../nf4/nf4_strip.h"
 
 namespace llamakern::LK_ISA {
 
@@ -22,6 +22,9 @@ inline Vec dropped(Vec x, const Dropout& drop, uint64_t keys, int64_t k) {
   const UVec draw = dropout_draw(counting(k), ubroadcast(uint32_t(keys)), ubroadcast(uint32_t(keys >> 32)));
   return draw >= drop.threshold ? x : Vec{};
 }
+
+// The words of K in the lanes of x and the rows of A.
+enum class Order { kPlain, kGroups };
 
 // Panel.kByWord over rows k: column k of drop(x).
 template <typename W, typename T>
@@ -44,7 +47,7 @@ struct DroppedColumns {
 };
 
 // Lane m of the strips is row m of drop(x).
-template <typename W, int MV, typename T>
+template <typename W, int MV, Order kOrder, typename T>
 static void pack_dropped(uint32_t* out, const T* x, int64_t ld, int64_t M, int64_t K, const Dropout& drop) {
   constexpr int64_t width = kWidth<MV>;
   parallel_for(ceil_div(M, width), [&](int64_t strip) {
@@ -58,7 +61,10 @@ static void pack_dropped(uint32_t* out, const T* x, int64_t ld, int64_t M, int64
         store(kept + i * K + k, dropped(load(x + m * ld + k, there), drop, keys, k), there);
       }
     }
-    pack_strip<W, MV>(out + strip * width * words_of<W>(K), kept.get(), K, rows, K);
+    if constexpr (kOrder == Order::kGroups)
+      pack_groups<W, MV>(out + strip * width * group_words<W>(K), kept.get(), K, rows, K);
+    else
+      pack_strip<W, MV>(out + strip * width * words_of<W>(K), kept.get(), K, rows, K);
   });
 }
 
@@ -112,27 +118,34 @@ struct StoreNarrow {
   }
 };
 
-// h = drop(x) Aᵀ. `lanes` holds x as packed, and is overwritten by drop(x) where something is dropped.
-template <typename W, int MV, typename T, typename P>
+// h = drop(x) Aᵀ. `lanes` holds x as packed, in kOrder.
+template <typename W, int MV, Order kOrder, typename T, typename P>
 static void down(float* h, uint32_t* h_lanes, const uint32_t* lanes, const T* x, int64_t x_row, const Lora<P>& lora,
                  int64_t M, int64_t K) {
   const float keep = lora.drop.keep_scale;
   const StoreNarrow<W, MV> store{h, h_lanes, M, lora.R, keep, keep * lora.scale};
-  const DenseRows<W, P> a{lora.a, K, K};
-  if (!lora.drop.seed) return gemm<W, MV, Panel::kByRow>(M, lora.R, store, Segment{lanes, words_of<W>(K), a});
-  Scratch<uint32_t> kept(packed_size<W, MV>(M, K));
-  pack_dropped<W, MV>(kept, x, x_row, M, K, lora.drop);
-  gemm<W, MV, Panel::kByRow>(M, lora.R, store, Segment{kept, words_of<W>(K), a});
+  Scratch<uint32_t> kept(lora.drop.seed ? packed_groups<W, MV>(M, K) : 0);
+  if (lora.drop.seed) {
+    pack_dropped<W, MV, kOrder>(kept, x, x_row, M, K, lora.drop);
+    lanes = kept;
+  }
+  if constexpr (kOrder == Order::kGroups)
+    gemm<W, MV, Panel::kByRow>(M, lora.R, store, Segment{lanes, group_words<W>(K), GroupRows<W, P>{lora.a, K}});
+  else
+    gemm<W, MV, Panel::kByRow>(M, lora.R, store, Segment{lanes, words_of<W>(K), DenseRows<W, P>{lora.a, K, K}});
 }
 
 // ---------------------------------------------------------------------------------------------- forward
 
 template <typename A, typename B>
 static float dot(const A* a, const B* b, int64_t n) {
-  Vec total = {};
-  for (int64_t i = 0; i < n; i += kLanes)
-    total = fma(load(a + i, lanes_left(n - i)), load(b + i, lanes_left(n - i)), total);
-  return sum(total);
+  constexpr int64_t chains = 4;  // sums that do not wait for each other
+  Vec total[chains] = {};
+  int64_t i = 0;
+  for (; i + chains * kLanes <= n; i += chains * kLanes)
+    for (int64_t c = 0; c < chains; ++c) total[c] = fma(load(a + i + c * kLanes), load(b + i + c * kLanes), total[c]);
+  for (; i < n; i += kLanes) total[0] = fma(load(a + i, lanes_left(n - i)), load(b + i, lanes_left(n - i)), total[0]);
+  return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 // y = base + s·h Bᵀ; where the second term is 0 the base's bits stay, -0 included.
@@ -169,32 +182,75 @@ static void lora_linear(const LoraLinear<T, P>& p) {
   with_strips(M, [&]<int MV>() {
     Scratch<uint32_t> lanes(packed_size<W, MV>(M, p.K)), h_lanes(packed_size<W, MV>(M, R));
     if (!p.lora.drop.seed) pack_rows<W, MV>(lanes, p.x, p.x_row, M, p.K);
-    down<W, MV>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, p.K);
+    down<W, MV, Order::kPlain>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, p.K);
     gemm<W, MV, Panel::kByRow>(M, p.N, AddTokens<MV, T, P>{p},
                                Segment{h_lanes, words_of<W>(R), DenseRows<W, P>{p.lora.b, R, R}});
   });
 }
 
-// A few tokens: h by plain dots, and the adapter's term added to each sum of the stream.
+// h [M][R] of a few tokens by plain dots.
 template <typename T, typename P>
-static void stream_nf4_lora(const Nf4LoraLinear<T, P>& p) {
-  const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.lora.R;
-  const Dropout& drop = p.lora.drop;
-  Scratch<float> kept(K);
-  for (int64_t m = 0; m < M; ++m) {
-    for (int64_t k = 0; k < K; k += kLanes) {
-      const Vec x = load(p.x + m * p.x_row + k);
-      store(kept + k, drop.seed ? dropped(x, drop, drop.row_keys(m), k) : x);
-    }
-    for (int64_t r = 0; r < R; ++r) p.h[m * R + r] = dot(kept.get(), p.lora.a + r * K, K) * drop.keep_scale;
-  }
-  with_tokens(M, [&]<int tokens>() {
-    stream_linear<Words<T>, tokens>(p.w, p.x, p.x_row, [&](int64_t n, int64_t m, float y) {
-      y += p.lora.scale * dot(p.h + m * R, p.lora.b + n * R, R);
-      p.y[m * N + n] = from_float<T>(p.bias ? y + p.bias[n] : y);
+static void few_down(float* h, const T* x, int64_t x_row, const Lora<P>& lora, int64_t M, int64_t K) {
+  const Dropout& drop = lora.drop;
+  Scratch<float> kept(M * K);
+  for (int64_t m = 0; m < M; ++m)
+    for_vectors(K, [&](int64_t k, auto n) {
+      const Vec row = load(x + m * x_row + k, n);
+      store(kept + m * K + k, drop.seed ? dropped(row, drop, drop.row_keys(m), k) : row, n);
     });
+  const float* rows = kept;
+  parallel_ranges(lora.R, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t m = 0; m < M; ++m) h[m * lora.R + r] = dot(rows + m * K, lora.a + r * K, K) * drop.keep_scale;
   });
 }
+
+// A few tokens: the adapter's term begins each sum of the stream.
+template <typename T, typename P>
+static void stream_nf4_lora(const Nf4LoraLinear<T, P>& p) {
+  using W = Words<T>;
+  const int64_t M = p.M, N = p.w.N, R = p.lora.R, padded = round_up(R, kLanes);
+  few_down(p.h, p.x, p.x_row, p.lora, M, p.w.K);
+  Scratch<float> scaled(M * padded);
+  for (int64_t i = 0; i < M * padded; ++i) {
+    const int64_t m = i / padded, r = i % padded;
+    scaled[i] = r < R ? p.h[m * R + r] * (p.lora.scale * Codes<W>::kScale) : 0.0f;
+  }
+  const float* h = scaled;
+  with_tokens(M, [&]<int tokens>() {
+    stream_linear<W, tokens>(
+        p.w, p.x, p.x_row,
+        [&](int64_t n, int64_t m) {
+          Vec sum = {};
+          for_vectors(R, [&](int64_t r, auto n_left) {
+            sum = fma(load(h + m * padded + r), load(p.lora.b + n * R + r, n_left), sum);
+          });
+          return sum;
+        },
+        [&](int64_t n, int64_t m, float y) { p.y[m * N + n] = from_float<T>(p.bias ? y + p.bias[n] : y); });
+  });
+}
+
+// Begins C [rows][width] of rows n ... with s·h Bᵀ.
+template <typename W, int MV, typename P>
+struct BeginWithAdapter {
+  const uint32_t* h_lanes;
+  const Lora<P>& lora;
+
+  bool operator()(float* c, int64_t n, int64_t rows) const {
+    constexpr int64_t width = kWidth<MV>, depth = kDepth<MV>, tile_rows = kRows<MV>;
+    const int64_t words = words_of<W>(lora.R);
+    const DenseRows<W, P> b{lora.b, lora.R, lora.R};
+    Scratch<uint32_t> panel(tile_rows * depth);
+    for (int64_t row = 0; row < rows; row += tile_rows, c += tile_rows * width)
+      for (int64_t word = 0; word < words; word += depth) {
+        const int64_t here = min64(words - word, depth);
+        fill_panel<MV, Panel::kByRow>(panel, b, n + row, min64(rows - row, tile_rows), word, here);
+        tile<W, MV, tile_rows, depth, 1>(c, width, word > 0, h_lanes + word * width, width, panel, here);
+      }
+    return words > 0;
+  }
+};
 
 template <typename T, typename P>
 static void nf4_lora_linear(const Nf4LoraLinear<T, P>& p) {
@@ -202,12 +258,18 @@ static void nf4_lora_linear(const Nf4LoraLinear<T, P>& p) {
   const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.lora.R;
   if (can_stream(p.w, M)) return stream_nf4_lora(p);
   with_strips(M, [&]<int MV>() {
-    Scratch<uint32_t> lanes(packed_size<W, MV>(M, K)), h_lanes(packed_size<W, MV>(M, R));
-    pack_rows<W, MV>(lanes, p.x, p.x_row, M, K);
-    down<W, MV>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, K);
-    gemm<W, MV, Panel::kByRow>(M, N, StoreTokens<MV, T>{p.y, M, N, p.bias},
-                               Segment{h_lanes, words_of<W>(R), DenseRows<W, P>{p.lora.b, R, R}},
-                               Segment{lanes, words_of<W>(K), Nf4Rows<W>{p.w}});
+    Scratch<uint32_t> lanes(packed_groups<W, MV>(M, K)), h_lanes(packed_size<W, MV>(M, R));
+    const StoreTokens<MV, T> store{p.y, M, N, p.bias};
+    const Segment adapter{h_lanes, words_of<W>(R), DenseRows<W, P>{p.lora.b, R, R}};
+    if (!in_units(p.w)) {
+      pack_rows<W, MV>(lanes, p.x, p.x_row, M, K);
+      down<W, MV, Order::kPlain>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, K);
+      return gemm<W, MV, Panel::kByRow>(M, N, store, adapter, Segment{lanes, words_of<W>(K), Nf4Rows<W>{p.w}});
+    }
+    pack_rows_groups<W, MV>(lanes, p.x, p.x_row, M, K);
+    down<W, MV, Order::kGroups>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, K);
+    if (M <= kWidth<MV>) return strip_linear<W, MV>(p.w, lanes, BeginWithAdapter<W, MV, P>{h_lanes, p.lora}, store);
+    gemm<W, MV, Panel::kByRow>(M, N, store, adapter, Segment{lanes, group_words<W>(K), Nf4Rows<W>{p.w}});
   });
 }
 

@@ -1,6 +1,6 @@
 // NF4 on the CPU: the codec, and the linear from packed bytes.
-#include "../common/gemm.h"
 #include "nf4_stream.h"
+#include "nf4_strip.h"
 
 namespace llamakern::LK_ISA {
 
@@ -83,16 +83,35 @@ static void nf4_linear(const Nf4Linear<T>& p) {
   const int64_t M = p.M, N = p.w.N, K = p.w.K;
   if (can_stream(p.w, M))
     return with_tokens(M, [&]<int tokens>() {
-      stream_linear<W, tokens>(p.w, p.x, p.x_row, [&](int64_t n, int64_t m, float y) {
-        p.y[m * N + n] = from_float<T>(p.bias ? y + p.bias[n] : y);
-      });
+      stream_linear<W, tokens>(
+          p.w, p.x, p.x_row, [](int64_t, int64_t) { return Vec{}; },
+          [&](int64_t n, int64_t m, float y) { p.y[m * N + n] = from_float<T>(p.bias ? y + p.bias[n] : y); });
     });
   with_strips(M, [&]<int MV>() {
-    Scratch<uint32_t> lanes(packed_size<W, MV>(M, K));
-    pack_rows<W, MV>(lanes, p.x, p.x_row, M, K);
-    gemm<W, MV, Panel::kByRow>(M, N, StoreTokens<MV, T>{p.y, M, N, p.bias},
-                               Segment{lanes, words_of<W>(K), Nf4Rows<W>{p.w}});
+    const StoreTokens<MV, T> store{p.y, M, N, p.bias};
+    Scratch<uint32_t> lanes(packed_groups<W, MV>(M, K));
+    if (!in_units(p.w)) {
+      pack_rows<W, MV>(lanes, p.x, p.x_row, M, K);
+      return gemm<W, MV, Panel::kByRow>(M, N, store, Segment{lanes, words_of<W>(K), Nf4Rows<W>{p.w}});
+    }
+    pack_rows_groups<W, MV>(lanes, p.x, p.x_row, M, K);
+    if (M <= kWidth<MV>) return strip_linear<W, MV>(p.w, lanes, [](float*, int64_t, int64_t) { return false; }, store);
+    gemm<W, MV, Panel::kByRow>(M, N, store, Segment{lanes, group_words<W>(K), Nf4Rows<W>{p.w}});
   });
+}
+
+template <typename T>
+static void nf4_linears(const Nf4Linears<T>& p) {
+  bool few = true;
+  for (int i = 0; i < p.count; ++i) few = few && can_stream(p.w[i], p.M);
+  if (few && p.count > 0)
+    return with_tokens(p.M, [&]<int tokens>() {
+      stream_linears<Words<T>, tokens>(
+          p.w, p.count, p.x, p.x_row, [](int, int64_t, int64_t) { return Vec{}; },
+          [&](int i, int64_t n, int64_t m, float y) { p.y[i][m * p.w[i].N + n] = from_float<T>(y); });
+    });
+  for (int i = 0; i < p.count; ++i)
+    nf4_linear(Nf4Linear<T>{.y = p.y[i], .x = p.x, .x_row = p.x_row, .w = p.w[i], .bias = {}, .M = p.M});
 }
 
 template <typename T>
@@ -117,6 +136,9 @@ LK_KERNEL(Nf4DoubleQuantize, nf4_double_quantize);
 LK_KERNEL(Nf4Linear<float>, nf4_linear<float>);
 LK_KERNEL(Nf4Linear<bfloat16>, nf4_linear<bfloat16>);
 LK_KERNEL(Nf4Linear<float16>, nf4_linear<float16>);
+LK_KERNEL(Nf4Linears<float>, nf4_linears<float>);
+LK_KERNEL(Nf4Linears<bfloat16>, nf4_linears<bfloat16>);
+LK_KERNEL(Nf4Linears<float16>, nf4_linears<float16>);
 LK_KERNEL(Nf4LinearBackward<float>, nf4_linear_backward<float>);
 LK_KERNEL(Nf4LinearBackward<bfloat16>, nf4_linear_backward<bfloat16>);
 LK_KERNEL(Nf4LinearBackward<float16>, nf4_linear_backward<float16>);

@@ -85,33 +85,6 @@ inline void decode_run(float* out, const Nf4Matrix& w, int64_t i, int64_t count)
   }
 }
 
-// Panel.kByRow: row n is row n of W.
-template <typename W>
-struct Nf4Rows {
-  Nf4Matrix w;
-
-  void operator()(uint32_t* out, int64_t row, int64_t word, int64_t words) const {
-    const int64_t count = min64(words * W::kPer, w.K - word * W::kPer), i = row * w.K + word * W::kPer;
-    if (in_units(w)) {
-      const uint8_t* bytes = w.codes + i / 2;
-      if (w.absmax) __builtin_prefetch(w.absmax + ((i + kAhead * w.K) >> w.block_shift));
-      for (int64_t k = 0; k < count; k += kUnit, out += kUnit / W::kPer) {
-        __builtin_prefetch(bytes + k / 2 + kAhead * w.K / 2);
-        IVec unit[kUnitVecs<W>];
-        decode_unit(W(), unit, bytes + k / 2, w.block_scale((i + k) >> w.block_shift));
-        for (int v = 0; v < kUnitVecs<W>; ++v) store_words(out + v * kLanes, unit[v]);
-      }
-    } else {
-      alignas(64) float run[2 * 256];
-      decode_run(run, w, i, count);
-      for (int64_t k = 0; k < count; k += kLanes * W::kPer, out += kLanes)
-        store_words(out, W::along(run + k, count - k));
-    }
-  }
-
-  static constexpr int64_t kAhead = 24;  // rows to the next tile or, with more lanes, the next few
-};
-
 // Panel.kByWord: row k is column k of W.
 template <typename W>
 struct Nf4Columns {
