@@ -1,6 +1,9 @@
 // A block on the CPU: the kernels of the other rooms, one after the other, over working memory that stays warm.
 #include "block.h"
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "../common/isa.h"
 #include "../common/scratch.h"
 #include "../common/vec.h"
@@ -38,6 +41,16 @@ static void normed(T* y, T* s, const T* x, int64_t x_row, const T* residual, int
 template <typename T>
 static void linear(T* y, const T* x, const Nf4Matrix& w, const BlockDecode<T>& p) {
   step(Nf4Linear<T>{.y = y, .x = x, .x_row = w.K, .w = w, .bias = {}, .M = p.B});
+}
+
+// Up to three weights over the same x.
+template <typename T>
+static void linears(const T* x, const BlockDecode<T>& p, std::initializer_list<T*> y,
+                    std::initializer_list<Nf4Matrix> w) {
+  Nf4Linears<T> some{.y = {}, .w = {}, .x = x, .x_row = p.C, .count = int(w.size()), .M = p.B};
+  std::copy(y.begin(), y.end(), some.y);
+  std::copy(w.begin(), w.end(), some.w);
+  step(some);
 }
 
 // x [B, heads·D] -> y, each row turned to its newest position.
@@ -120,9 +133,7 @@ static void block_decode(const BlockDecode<T>& p) {
     for (int64_t b = 0; b < B; ++b) positions[b] = p.lengths[b] - 1;
     Scratch<T> q(B * heads), k(B * kv_heads), v(B * kv_heads), q_turned(B * heads), k_turned(B * kv_heads);
     normed<T>(h, nullptr, p.x, p.x_row, nullptr, 0, p.attention_norm, p);
-    linear<T>(q, h, p.q, p);
-    linear<T>(k, h, p.k, p);
-    linear<T>(v, h, p.v, p);
+    linears<T>(h, p, {q, k, v}, {p.q, p.k, p.v});
     turned<T>(q_turned, q, p.H, positions, p);
     turned<T>(k_turned, k, p.Hkv, positions, p);
     attended<T>(q, q_turned, k_turned, v, p);
@@ -130,8 +141,7 @@ static void block_decode(const BlockDecode<T>& p) {
   }
   normed<T>(h, s, out, p.C, p.x, p.x_row, p.ffn_norm, p);
   Scratch<T> gate(B * p.F), up(B * p.F);
-  linear<T>(gate, h, p.gate, p);
-  linear<T>(up, h, p.up, p);
+  linears<T>(h, p, {gate, up}, {p.gate, p.up});
   step(Swiglu<T>{.y = gate, .gate = gate, .up = up, .gate_row = p.F, .up_row = p.F, .M = B, .F = p.F});
   linear<T>(out, gate, p.down, p);
   add<T>(p.y, s, out, B * p.C);

@@ -125,6 +125,17 @@ struct Nf4Linear {
   int64_t M;
 };
 
+// y[i] = x W[i]ᵀ for up to three weights: few tokens meet all of them in one pass.
+template <typename T>
+struct Nf4Linears {
+  T* y[3];         // [M, N of i]  out
+  Nf4Matrix w[3];  // [N of i, K]
+  const T* x;      // [M, K]  row stride x_row
+  int64_t x_row;
+  int count;
+  int64_t M;
+};
+
 template <typename T>
 struct Nf4LinearBackward {
   T* dx;        // [M, K]  out

@@ -101,6 +101,20 @@ static void nf4_linear(const Nf4Linear<T>& p) {
 }
 
 template <typename T>
+static void nf4_linears(const Nf4Linears<T>& p) {
+  bool few = true;
+  for (int i = 0; i < p.count; ++i) few = few && can_stream(p.w[i], p.M);
+  if (few && p.count > 0)
+    return with_tokens(p.M, [&]<int tokens>() {
+      stream_linears<Words<T>, tokens>(
+          p.w, p.count, p.x, p.x_row, [](int, int64_t, int64_t) { return Vec{}; },
+          [&](int i, int64_t n, int64_t m, float y) { p.y[i][m * p.w[i].N + n] = from_float<T>(y); });
+    });
+  for (int i = 0; i < p.count; ++i)
+    nf4_linear(Nf4Linear<T>{.y = p.y[i], .x = p.x, .x_row = p.x_row, .w = p.w[i], .bias = {}, .M = p.M});
+}
+
+template <typename T>
 static void nf4_linear_backward(const Nf4LinearBackward<T>& p) {
   using W = Words<T>;
   const int64_t M = p.M, N = p.w.N, K = p.w.K;
@@ -122,6 +136,9 @@ LK_KERNEL(Nf4DoubleQuantize, nf4_double_quantize);
 LK_KERNEL(Nf4Linear<float>, nf4_linear<float>);
 LK_KERNEL(Nf4Linear<bfloat16>, nf4_linear<bfloat16>);
 LK_KERNEL(Nf4Linear<float16>, nf4_linear<float16>);
+LK_KERNEL(Nf4Linears<float>, nf4_linears<float>);
+LK_KERNEL(Nf4Linears<bfloat16>, nf4_linears<bfloat16>);
+LK_KERNEL(Nf4Linears<float16>, nf4_linears<float16>);
 LK_KERNEL(Nf4LinearBackward<float>, nf4_linear_backward<float>);
 LK_KERNEL(Nf4LinearBackward<bfloat16>, nf4_linear_backward<bfloat16>);
 LK_KERNEL(Nf4LinearBackward<float16>, nf4_linear_backward<float16>);

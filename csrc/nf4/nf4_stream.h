@@ -67,31 +67,48 @@ __attribute__((noinline)) static void stream_rows(Vec (&sums)[NR][M], const Stre
     for (int m = 0; m < M; ++m) sums[r][m] = acc[r][m];
 }
 
-// finish(n, m, Σ_k W[n][k] x[m][k] + Σ start(n, m) / Codes::kScale) for every n and m; start gives a vector.
+// finish(i, n, m, Σ_k W_i[n][k] x[m][k] + Σ start(i, n, m) / Codes::kScale) for every n and m of `count` weights that
+// read the same x; start gives a vector.
 template <typename W, int M, typename T, typename Start, typename Finish>
-void stream_linear(const Nf4Matrix& w, const T* x, int64_t x_row, const Start& start, const Finish& finish) {
-  const int64_t words = group_words<W>(w.K), units = w.K / kUnit;
+void stream_linears(const Nf4Matrix* some, int count, const T* x, int64_t x_row, const Start& start,
+                    const Finish& finish) {
+  const int64_t K = some[0].K, words = group_words<W>(K), units = K / kUnit;
   Scratch<uint32_t> packed(M * words);
-  for (int m = 0; m < M; ++m) order_row<W>(packed + m * words, x + m * x_row, w.K);
+  for (int m = 0; m < M; ++m) order_row<W>(packed + m * words, x + m * x_row, K);
   const uint32_t* lanes = packed;
-  const int64_t half = ceil_div(w.N, 2);  // two streams far apart keep more cache lines in flight than one
-  parallel_neighbours(ceil_div(half, kStreamRows), [&](int64_t task) {
+  // Two streams far apart keep more cache lines in flight than one.
+  const auto tasks = [](const Nf4Matrix& w) { return ceil_div(ceil_div(w.N, 2), kStreamRows); };
+  int64_t all = 0;
+  for (int i = 0; i < count; ++i) all += tasks(some[i]);
+  parallel_neighbours(all, [&](int64_t task) {
+    int i = 0;
+    for (; task >= tasks(some[i]); ++i) task -= tasks(some[i]);
+    const Nf4Matrix& w = some[i];
+    const int64_t half = ceil_div(w.N, 2);
     Scratch<float> room(2 * units);
     const auto rows = [&]<int NR>(int64_t n) {
       StreamRow row[NR];
       Vec sums[NR][M];
       for (int r = 0; r < NR; ++r) {
-        row[r] = {w.codes + (n + r * half) * w.K / 2, row_scales(room + r * units, w, n + r * half)};
-        for (int m = 0; m < M; ++m) sums[r][m] = start(n + r * half, m);
+        row[r] = {w.codes + (n + r * half) * K / 2, row_scales(room + r * units, w, n + r * half)};
+        for (int m = 0; m < M; ++m) sums[r][m] = start(i, n + r * half, m);
       }
-      stream_rows<W, M, NR>(sums, row, w.K, lanes);
+      stream_rows<W, M, NR>(sums, row, K, lanes);
       for (int r = 0; r < NR; ++r)
-        for (int m = 0; m < M; ++m) finish(n + r * half, m, sum(sums[r][m]) * (1.0f / Codes<W>::kScale));
+        for (int m = 0; m < M; ++m) finish(i, n + r * half, m, sum(sums[r][m]) * (1.0f / Codes<W>::kScale));
     };
     const int64_t begin = task * kStreamRows, end = min64(half, begin + kStreamRows);
     for (int64_t n = begin; n < min64(end, w.N - half); ++n) rows.template operator()<2>(n);
     if (end > w.N - half) rows.template operator()<1>(end - 1);
   });
+}
+
+// The same for one weight: finish(n, m, ...) and start(n, m).
+template <typename W, int M, typename T, typename Start, typename Finish>
+void stream_linear(const Nf4Matrix& w, const T* x, int64_t x_row, const Start& start, const Finish& finish) {
+  stream_linears<W, M>(
+      &w, 1, x, x_row, [&](int, int64_t n, int64_t m) { return start(n, m); },
+      [&](int, int64_t n, int64_t m, float y) { finish(n, m, y); });
 }
 
 // fn<M>() for a number of tokens that is known when compiling.
