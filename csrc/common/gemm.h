@@ -231,7 +231,8 @@ __attribute__((noinline)) static void accumulate(float* c, bool& add, uint32_t* 
 }
 
 // The rows of each task: panels, and where these are many, the last are cut into pieces, so that no thread waits
-// long for the last task. By word they begin at a multiple of 64 rows, where rows that are decoded in units of 64 begin.
+// long for the last task. By word they begin at a multiple of 64 rows, where rows that are decoded in units of 64
+// begin.
 struct Cut {
   int64_t rows, panel, piece, panels;
 
