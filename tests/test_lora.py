@@ -22,6 +22,8 @@ SHAPES = [
     (8, 33, 128, 5),  # the last that streams
     (16, 64, 128, 8),  # round numbers
     (17, 33, 192, 5),  # nothing divides the tile
+    (2, 101, 448, 17),  # half a vector of packed bytes is left of a row
+    (40, 101, 448, 17),
     (70, 200, 320, 64),  # several strips, panels and blocks
     (20, 30, 64, 200),  # a rank wider than a panel
     (1030, 33, 64, 4),  # so many tokens that a dense base is part of the reduction in bfloat16 too
@@ -142,9 +144,9 @@ def test_dropout_forward_backward(shape, base, dtype, isa):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("M", [1, 8, 9, 70])
+@pytest.mark.parametrize("M", [1, 3, 8, 9, 16, 17, 40, 64, 70])
 def test_b_of_zero_is_the_base_bit_for_bit(M, dropout, base, dtype, isa):
-    op, _, (*inputs, lora_b, bias) = make_case(base, M, 50, 128, 6, dtype)
+    op, _, (*inputs, lora_b, bias) = make_case(base, M, 50, 192, 6, dtype)
     ours = op(*inputs, torch.zeros_like(lora_b), bias, scale=3.0, dropout=dropout, seed=torch.tensor(5))
     x, *weight, _a = inputs
     assert_same_bits(ours, F.linear(x, *weight, bias) if base == "dense" else ops.nf4_linear(x, *weight, bias))

@@ -193,6 +193,19 @@ def test_block_sizes_and_double_quantisation(block_size, M, dtype, isa):
     )  # 256 absmax values end inside a row or a few rows
 
 
+@pytest.mark.parametrize("M", [*range(1, 34), 48, 64, 65])
+def test_every_number_of_tokens(M, dtype, isa):
+    """Seven units a row: half a vector of bytes and half a block of the reduction are left; N ends inside a tile."""
+    check_linear(M, 101, 448, dtype, double=M % 2 == 0)
+
+
+@pytest.mark.parametrize("M", [1, 3, 16, 40, 80])
+@pytest.mark.parametrize("block_size", [64, 128, 1024])
+def test_blocks_that_cross_rows_of_whole_units(block_size, M, isa):
+    for double in (False, True):
+        check_linear(M, 50, 1088, torch.bfloat16, block_size=block_size, double=double)
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["same", "f32"])
 def test_scales(wide, dtype):
     N, K = 24, 64
@@ -240,7 +253,9 @@ def test_flat_and_row_form_are_the_same_bytes(dtype):
     assert_same_bits(flat, ops.nf4_linear(x, weight, absmax))
 
 
-@pytest.mark.parametrize("shape", [(3, 300, 256), (150, 300, 256), (70, 1601, 1600)], ids=label)
+@pytest.mark.parametrize(
+    "shape", [(1, 301, 256), (3, 301, 256), (16, 301, 256), (40, 301, 256), (70, 1601, 1600)], ids=label
+)
 def test_equal_bits_for_any_thread_count(shape, dtype, isa):
     M, N, K = shape
     weight, absmax, knobs = make_weight(N, K)
@@ -271,9 +286,11 @@ def test_rows_do_not_depend_on_how_they_are_cut(dtype, isa):
 
 def test_a_token_does_not_depend_on_its_neighbours(dtype, isa):
     """Within one path (streamed or tiled) a row of x gives the same bits alone and in a batch."""
-    weight, absmax, _ = make_weight(50, 128)
-    x = torch.randn(70, 128).to(dtype)
-    assert_same_bits(ops.nf4_linear(x, weight, absmax)[:9], ops.nf4_linear(x[:9], weight, absmax))
+    weight, absmax, _ = make_weight(50, 448)
+    x = torch.randn(70, 448).to(dtype)
+    want = ops.nf4_linear(x, weight, absmax)
+    for M in (9, 16, 17, 33, 64, 69):
+        assert_same_bits(want[:M], ops.nf4_linear(x[:M], weight, absmax))
     assert_same_bits(ops.nf4_linear(x[:8], weight, absmax)[3:4], ops.nf4_linear(x[3:8], weight, absmax)[:1])
 
 
