@@ -250,7 +250,7 @@ def test_equal_bits_for_any_thread_count(shape, dtype, isa):
 
 
 def test_rows_do_not_depend_on_how_they_are_cut(dtype, isa):
-    """A row of W gives the same bits in a panel, in a piece of one and in a small matrix; likewise its columns in dx."""
+    """A row of W gives the same bits in a panel, in a piece of one and in a small matrix; likewise a column in dx."""
     M, N, K = 70, 1601, 1664
     weight, absmax, _ = make_weight(N, K)
     x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
