@@ -28,23 +28,24 @@ struct Weights {
   Scratch<uint32_t> p_rows{kBlock<W> * kBandWords}, ds_rows{kBlock<W> * kBandWords};  // [key, word along the lanes]
 };
 
-template <typename W>
+template <typename W, int V0>
 inline __attribute__((always_inline)) void store_rows(uint32_t* rows, const Tile& c) {
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVecs; ++v)
-      store(reinterpret_cast<typename Weights<W>::Element*>(rows + r * kBandWords) + v * kLanes, c[r][v]);
+      store(reinterpret_cast<typename Weights<W>::Element*>(rows + r * kBandWords) + v * kLanes,
+            v < V0 ? Vec{} : c[r][v]);
 }
 
 // p = 2^(s - lse)
-template <typename W>
+template <typename W, int V0>
 __attribute__((noinline)) void p_tile(float* p, uint32_t* p_rows, const uint32_t* q, const uint32_t* k, int64_t words,
                                       float scale, const Strip& strip, int64_t j, const float* bias, const float* lse) {
   Tile c;
-  scores<W>(c, q, k, words, scale, strip, j, bias);
+  scores<W, V0>(c, q, k, words, scale, strip, j, bias);
 #pragma GCC unroll 8
-  for (int v = 0; v < kTileVecs; ++v) {
+  for (int v = V0; v < kTileVecs; ++v) {
     const Vec lse_v = load(lse + v * kLanes);
 #pragma GCC unroll 32
     for (int r = 0; r < kTileRows; ++r) {
@@ -52,29 +53,30 @@ __attribute__((noinline)) void p_tile(float* p, uint32_t* p_rows, const uint32_t
       store(p + r * kStrip + v * kLanes, c[r][v]);
     }
   }
-  store_rows<W>(p_rows, c);
+  store_rows<W, V0>(p_rows, c);
 }
 
 // ds = p (dp - delta)
-template <typename W>
+template <typename W, int V0>
 __attribute__((noinline)) void ds_tile(uint32_t* ds_rows, uint32_t* ds_lanes, const float* p, const uint32_t* dy,
                                        const uint32_t* v, int64_t words, const float* minus_delta) {
   Tile c;
 #pragma GCC unroll 8
-  for (int i = 0; i < kTileVecs; ++i)
+  for (int i = V0; i < kTileVecs; ++i)
 #pragma GCC unroll 32
     for (int r = 0; r < kTileRows; ++r) c[r][i] = load(minus_delta + i * kLanes);
-  dot_rows<W>(c, dy, v, words);
+  dot_rows<W, V0>(c, dy, v, words);
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < kTileVecs; ++i) c[r][i] *= load(p + r * kStrip + i * kLanes);
-  store_rows<W>(ds_rows, c);
+    for (int i = V0; i < kTileVecs; ++i) c[r][i] *= load(p + r * kStrip + i * kLanes);
+  store_rows<W, V0>(ds_rows, c);
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; r += W::kPer)
 #pragma GCC unroll 8
     for (int i = 0; i < kTileVecs; ++i)
-      store_words(ds_lanes + r / W::kPer * kStrip + i * kLanes, W::join(c[r][i], c[r + W::kPer - 1][i]));
+      store_words(ds_lanes + r / W::kPer * kStrip + i * kLanes,
+                  i < V0 ? IVec{} : W::join(c[r][i], c[r + W::kPer - 1][i]));
 }
 
 // What is needed next, brought into the second cache while something else is computed: a band as it was packed, or the
@@ -120,13 +122,17 @@ Range strip_against_block(const AttentionBackward<T>& p, const Group<T>& group, 
   uint32_t *p_rows = w.p_rows + i * kRowWords<W>, *ds_rows = w.ds_rows + i * kRowWords<W>;
   for (int64_t j = begin; j < end; j += kTileRows) {
     ahead.step();
-    p_tile<W>(w.p + j * kStrip, p_rows + j * kBandWords, s.q, block.k + j * ld, words, p.in.scale * kLog2e, strip,
-              block.begin + j, bias ? bias + j * kStrip : nullptr, s.lse);
+    from_vector(strip, block.begin + j, [&]<int V0> {
+      p_tile<W, V0>(w.p + j * kStrip, p_rows + j * kBandWords, s.q, block.k + j * ld, words, p.in.scale * kLog2e, strip,
+                    block.begin + j, bias ? bias + j * kStrip : nullptr, s.lse);
+    });
   }
   for (int64_t j = begin; j < end; j += kTileRows) {
     ahead.step();
-    ds_tile<W>(ds_rows + j * kBandWords, w.ds_lanes + j / W::kPer * kStrip, w.p + j * kStrip, s.dy, block.v + j * ld,
-               words, s.minus_delta);
+    from_vector(strip, block.begin + j, [&]<int V0> {
+      ds_tile<W, V0>(ds_rows + j * kBandWords, w.ds_lanes + j / W::kPer * kStrip, w.p + j * kStrip, s.dy,
+                     block.v + j * ld, words, s.minus_delta);
+    });
   }
   for_channels(D, [&]<int NR>(int64_t c) {
     tile<W, kTileVecs, NR, 1, kPanel>(s.dq + c * kStrip, kStrip, true, w.ds_lanes + begin / W::kPer * kStrip, kStrip,
@@ -136,22 +142,20 @@ Range strip_against_block(const AttentionBackward<T>& p, const Group<T>& group, 
   return {begin, begin + round_up(end - begin, kTileRows)};
 }
 
-// sums, chunks of [key, channels], += rows [key, words along the band] · x, chunks of [words along the band, channels]
-template <typename W, typename T>
-void add_rows(float* sums, const uint32_t* rows, const uint32_t* x, int64_t D, const Range& keys, const Range* strips,
-              Ahead<T>& ahead) {
+// sums, chunks of [key, channels], += rows [key, words along the band] · x, chunks of [words along the band, channels].
+// first_word(j), last_word(j): the words of the band in which keys from j on are seen.
+template <typename W, typename T, typename FirstWord, typename LastWord>
+void add_rows(float* sums, const uint32_t* rows, const uint32_t* x, int64_t D, const Range& keys,
+              const FirstWord& first_word, const LastWord& last_word, Ahead<T>& ahead) {
   for_chunks(D, [&]<int MV>(int64_t c) {
     constexpr int kWidth = MV * kLanes;
     for (int64_t j = keys.begin; j < keys.end; j += kTileRows) {
-      int first = 0, last = kBandStrips<W>;  // strips that see these keys
-      while (first < last && !strips[first].has(j)) ++first;
-      while (first < last && !strips[last - 1].has(j)) --last;
-      if (first == last) continue;
+      const int64_t word = first_word(j), end = last_word(j);
+      if (word >= end) continue;
       ahead.step();
-      const int64_t word = first * kRowWords<W>;
       tile<W, MV, kTileRows, kBandWords, 1>(sums + c * kBlock<W> + j * kWidth, kWidth, true,
                                             x + c * kBandWords + word * kWidth, kWidth, rows + j * kBandWords + word,
-                                            (last - first) * kRowWords<W>);
+                                            end - word);
     }
   });
 }
@@ -173,8 +177,18 @@ void band_against_block(const AttentionBackward<T>& p, const Group<T>& group, co
         memset(w.p_rows + j * kBandWords + i * kRowWords<W>, 0, kRowWords<W> * 4);
         memset(w.ds_rows + j * kBandWords + i * kRowWords<W>, 0, kRowWords<W> * 4);
       }
-  add_rows<W>(dv, w.p_rows, band.dy_rows, p.in.D, all, seen, ahead);
-  add_rows<W>(dk, w.ds_rows, band.q_rows, p.in.D, all, seen, ahead);
+  const auto first_word = [&](int64_t j) -> int64_t {
+    for (int i = 0; i < count; ++i)
+      if (seen[i].has(j)) return i * kRowWords<W> + strips[i].first_vector(block.begin + j) * kLanes / W::kPer;
+    return kBandWords;
+  };
+  const auto last_word = [&](int64_t j) {
+    int64_t end = count;
+    while (end > 0 && !seen[end - 1].has(j)) --end;
+    return end * kRowWords<W>;
+  };
+  add_rows<W>(dv, w.p_rows, band.dy_rows, p.in.D, all, first_word, last_word, ahead);
+  add_rows<W>(dk, w.ds_rows, band.q_rows, p.in.D, all, first_word, last_word, ahead);
 }
 
 // x of keys [j, j + n) = scale · Σ_parts sums, chunks of [kBlock, channels]

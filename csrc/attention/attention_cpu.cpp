@@ -12,7 +12,8 @@ namespace {
 //
 // Weights are 2^(s - m) against an m that follows the maximum lazily: it is raised only when a score lies more than
 // kSlack above it, which a float's exponent bears. So weights leave the tile of scores at once, and a block is taken
-// again in the rare case that its m was too low. Each lane's m depends on its own scores only.
+// again in the rare case that its m was too low. Each lane's m depends on its own scores only. The first block sets m:
+// its scores wait in memory until their maximum is known, so the largest weight of few keys is 1 and has no rounding.
 //
 // y is divided by the sum of the weights as they were multiplied, rounded to the words of W: so a weight that
 // outshines the others leaves its value as it is. lse is of the sum before rounding.
@@ -59,21 +60,12 @@ struct LazySoftmax {
   const float* divisor() const { return kRounds ? l.rounded : l.exact; }
 };
 
-// Weights of the tile of keys from j on: p [word, kStrip]. The first tile of all sets m.
-template <typename W>
-__attribute__((noinline)) void weigh_tile(uint32_t* p, LazySoftmax<W>& softmax, const uint32_t* q, const uint32_t* k,
-                                          int64_t words, float scale, const Strip& strip, int64_t j, const float* bias,
-                                          bool first) {
-  Tile c;
-  scores<W>(c, q, k, words, scale, strip, j, bias);
+// Weights of the vectors from V0 on of a tile of scores: p [word, kStrip].
+template <typename W, int V0>
+inline __attribute__((always_inline)) void weigh(uint32_t* p, LazySoftmax<W>& softmax, Tile& c) {
 #pragma GCC unroll 8
-  for (int v = 0; v < kTileVecs; ++v) {
+  for (int v = V0; v < kTileVecs; ++v) {
     const int i = v * kLanes;
-    Vec top = c[0][v];
-#pragma GCC unroll 32
-    for (int r = 1; r < kTileRows; ++r) top = max(top, c[r][v]);
-    if (first) store(softmax.m + i, top);
-    store(softmax.top + i, max(load(softmax.top + i), top));
     const Vec base = LazySoftmax<W>::base(load(softmax.m + i));
     Vec l = load(softmax.block_l.exact + i), rounded = load(softmax.block_l.rounded + i);
 #pragma GCC unroll 32
@@ -92,6 +84,45 @@ __attribute__((noinline)) void weigh_tile(uint32_t* p, LazySoftmax<W>& softmax, 
   }
 }
 
+// The tile of keys from j on: its weights, or where `s` is given only its scores s [key, kStrip].
+template <typename W, int V0>
+__attribute__((noinline)) void score_tile(uint32_t* p, float* s, LazySoftmax<W>& softmax, const uint32_t* q,
+                                          const uint32_t* k, int64_t words, float scale, const Strip& strip, int64_t j,
+                                          const float* bias) {
+  Tile c;
+  scores<W, V0>(c, q, k, words, scale, strip, j, bias);
+#pragma GCC unroll 8
+  for (int v = V0; v < kTileVecs; ++v) {
+    Vec top = load(softmax.top + v * kLanes);
+#pragma GCC unroll 32
+    for (int r = 0; r < kTileRows; ++r) top = max(top, c[r][v]);
+    store(softmax.top + v * kLanes, top);
+  }
+  if (s) {
+#pragma GCC unroll 32
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVecs; ++v) store(s + r * kStrip + v * kLanes, v < V0 ? broadcast(-INFINITY) : c[r][v]);
+    return;
+  }
+  for (int v = 0; v < V0; ++v)
+    for (int r = 0; r < kTileRows; r += W::kPer) store_words(p + r / W::kPer * kStrip + v * kLanes, IVec{});
+  weigh<W, V0>(p, softmax, c);
+}
+
+// Weights of n keys from their scores s [n, kStrip].
+template <typename W>
+__attribute__((noinline)) void weigh_scores(uint32_t* p, const float* s, LazySoftmax<W>& softmax, int64_t n) {
+  for (int64_t j = 0; j < n; j += kTileRows, p += kTileRows / W::kPer * kStrip) {
+    Tile c;
+#pragma GCC unroll 32
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVecs; ++v) c[r][v] = load(s + (j + r) * kStrip + v * kLanes);
+    weigh<W, 0>(p, softmax, c);
+  }
+}
+
 // Packed keys and values of one group.
 struct Packed {
   uint32_t *k, *v;  // rows, pair panels
@@ -107,7 +138,7 @@ void forward_strip(const AttentionForward<T>& p, const Group<T>& group, const St
   Fetch fetch_q(p.in.q, group, next, next != nullptr);
   Fetch fetch_y(p.y, group, &strip, 1);
   Scratch<uint32_t> q(words * kStrip), weights(kKeys / W::kPer * kStrip);
-  Scratch<float> o(channels(D) * kStrip), bias(masked ? kKeys * kStrip : 0);
+  Scratch<float> s(kKeys * kStrip), o(channels(D) * kStrip), bias(masked ? kKeys * kStrip : 0);
   pack_strip<W>(q, p.in.q, group, strip);
 
   LazySoftmax<W> softmax;
@@ -116,20 +147,24 @@ void forward_strip(const AttentionForward<T>& p, const Group<T>& group, const St
     const int64_t n = min64(kKeys, strip.any.end - j0);
     if (masked && !shows_some(group, strip, j0, n)) continue;
     if (masked) gather_bias(bias, group, strip, j0, round_up(n, kTileRows));
-    const auto weigh = [&](bool first) {
+    const auto score = [&](float* s) {
       softmax.begin_block();
       for (int64_t j = 0; j < n; j += kTileRows) {
         fetch_y.step(4), fetch_q.step(4);
-        weigh_tile<W>(weights + j / W::kPer * kStrip, softmax, q, packed.k + (j0 + j) * row_words<W>(D), words,
-                      p.in.scale * kLog2e, strip, j0 + j, masked ? bias + j * kStrip : nullptr, first && j == 0);
+        from_vector(strip, j0 + j, [&]<int V0> {
+          score_tile<W, V0>(weights + j / W::kPer * kStrip, s ? s + j * kStrip : nullptr, softmax, q,
+                            packed.k + (j0 + j) * row_words<W>(D), words, p.in.scale * kLog2e, strip, j0 + j,
+                            masked ? bias + j * kStrip : nullptr);
+        });
       }
     };
-    weigh(fresh);
+    score(fresh ? s.get() : nullptr);
     if (softmax.raise()) {
       for (int64_t i = 0; i < D * kStrip && !fresh; i += kLanes)
         store(o + i, load(o + i) * load(softmax.rescale + i % kStrip));
-      weigh(false);
+      if (!fresh) score(nullptr);
     }
+    if (fresh) weigh_scores<W>(weights, s, softmax, n);
     softmax.end_block();
     for_channels(D, [&]<int NR>(int64_t c) {
       tile<W, kTileVecs, NR, 1, kPanel>(o + c * kStrip, kStrip, !fresh, weights, kStrip,
@@ -154,7 +189,7 @@ void attention_forward(const AttentionForward<T>& p) {
   if (p.in.T_ * p.in.G() <= kFewRows) return few_queries(p);
   using W = Words<T>;
   constexpr int64_t kPackKeys = 4 * kPanel;         // keys that a packing task takes
-  constexpr int64_t kWaveWords = int64_t(8) << 20;  // packed keys and values kept at once: 32 MB, or one group
+  constexpr int64_t kWaveWords = int64_t(2) << 20;  // packed keys and values kept at once: 8 MB, or one group
   const int64_t D = p.in.D, groups = p.in.sequences * p.in.Hkv;
   constexpr int64_t kRun = 4;  // strips in a row that a task takes
   const auto group_at = [&](int64_t n) { return Group<T>{p.in, p.in.sequence(n / p.in.Hkv), n % p.in.Hkv}; };
@@ -193,8 +228,9 @@ void attention_forward(const AttentionForward<T>& p) {
     const auto strips_of = [&](int64_t n) { return ceil_div(group_at(first + n).rows(), kStrip); };
     const Tasks runs(last - first, [&](int64_t n) { return ceil_div(strips_of(n), kRun); });
     parallel_for(runs.count(), [&](int64_t task) {
-      const auto [n, run] = runs.find(task);
+      const auto [n, part] = runs.find(task);
       const Group<T> group = group_at(first + n);
+      const int64_t run = ceil_div(strips_of(n), kRun) - 1 - part;  // where causal, the longest first
       const int64_t end = min64(strips_of(n), (run + 1) * kRun);
       Strip strip(group, run * kRun * kStrip), next = strip;
       for (int64_t i = run * kRun; i < end; ++i, strip = next) {

@@ -71,6 +71,7 @@ struct Strip {
   alignas(64) int32_t begin[kStrip];  // keys [begin, end) that each lane may see
   alignas(64) int32_t end[kStrip];
   int32_t t[kStrip], head[kStrip];  // token in the sequence and query head of each lane
+  int32_t vec_end[kTileVecs] = {};  // the last key that a lane of the vector may see, plus 1
   Keys any{INT32_MAX, 0};           // keys that some lane may see lie in here
   Keys all{0, INT32_MAX};           // keys that every lane may see
 
@@ -89,8 +90,15 @@ struct Strip {
       end[lane] = int32_t(keys.end);
       if (!again && keys.begin < keys.end) any = {min64(any.begin, keys.begin), max64(any.end, keys.end)};
       if (!again) all = {max64(all.begin, keys.begin), min64(all.end, keys.end)};
+      if (vec_end[lane / kLanes] < end[lane]) vec_end[lane / kLanes] = end[lane];
       if (lane + 1 < lanes && ++g == G) g = 0, ++token;
     }
+  }
+  // The first vector that may see a key from j on: those before it are left out of tiles on the diagonal.
+  int first_vector(int64_t j) const {
+    int v = 0;
+    while (v + 1 < kTileVecs && vec_end[v] <= j) ++v;
+    return v;
   }
   template <typename U, typename T>
   U* row_of(const Heads<U>& x, const Group<T>& group, int lane) const {
@@ -213,48 +221,59 @@ void gather_bias(float* bias, const Group<T>& group, const Strip& strip, int64_t
   }
 }
 
-using Tile = Vec[kTileRows][kTileVecs];  // keys by lanes
+using Tile = Vec[kTileRows][kTileVecs];  // keys by lanes; only the vectors from V0 on are computed
+
+// fn<V0>() for the tile of keys from j on.
+template <typename Fn>
+void from_vector(const Strip& strip, int64_t j, const Fn& fn) {
+  const int first = strip.first_vector(j);
+  if constexpr (kTileVecs > 2) {
+    if (first == 3) return fn.template operator()<3>();
+    if (first == 2) return fn.template operator()<2>();
+  }
+  first == 1 ? fn.template operator()<1>() : fn.template operator()<0>();
+}
 
 // c += packed rows from k on · the lanes at q
-template <typename W>
+template <typename W, int V0>
 inline __attribute__((always_inline)) void dot_rows(Tile& c, const uint32_t* q, const uint32_t* k, int64_t words) {
   const int64_t ld = round_up(words, kLanes);
 #pragma GCC unroll 2
   for (int64_t w = 0; w < words; ++w, ++k, q += kStrip) {
     IVec lanes[kTileVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) lanes[v] = load_words(q + v * kLanes);
+    for (int v = V0; v < kTileVecs; ++v) lanes[v] = load_words(q + v * kLanes);
 #pragma GCC unroll 32
     for (int r = 0; r < kTileRows; ++r) {
       const IVec row = ibroadcast(int32_t(k[r * ld]));
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVecs; ++v) c[r][v] = W::dot(c[r][v], lanes[v], row);
+      for (int v = V0; v < kTileVecs; ++v) c[r][v] = W::dot(c[r][v], lanes[v], row);
     }
   }
 }
 
 // c = scores of keys j + r in powers of two, scale·⟨q, k⟩ + bias, and -inf where hidden. bias: row j of [.., kStrip],
 // or null.
-template <typename W>
+template <typename W, int V0>
 inline __attribute__((always_inline)) void scores(Tile& c, const uint32_t* q, const uint32_t* k, int64_t words,
                                                   float scale, const Strip& strip, int64_t j, const float* bias) {
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) c[r][v] = Vec{};
-  dot_rows<W>(c, q, k, words);
+    for (int v = V0; v < kTileVecs; ++v) c[r][v] = Vec{};
+  dot_rows<W, V0>(c, q, k, words);
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) c[r][v] *= scale;
+    for (int v = V0; v < kTileVecs; ++v) c[r][v] *= scale;
   if (bias)
 #pragma GCC unroll 32
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVecs; ++v) c[r][v] += load(bias + r * kStrip + v * kLanes);
+      for (int v = V0; v < kTileVecs; ++v) c[r][v] += load(bias + r * kStrip + v * kLanes);
   if (j < strip.all.begin || j + kTileRows > strip.all.end)
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) {
+    for (int v = V0; v < kTileVecs; ++v) {
       const IVec begin = load_words(reinterpret_cast<const uint32_t*>(strip.begin) + v * kLanes);
       const IVec end = load_words(reinterpret_cast<const uint32_t*>(strip.end) + v * kLanes);
 #pragma GCC unroll 32
