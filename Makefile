@@ -41,12 +41,12 @@ compat: env
 lint: $(READY)
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	$(VENV)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'bindings/*' | grep -E '\.(h|cpp)$$')
+	$(VENV)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'bindings/*' 'tests/neon/*' | grep -E '\.(h|cpp)$$')
 
 format: $(READY)
 	$(VENV)/ruff check --fix -q .
 	$(VENV)/ruff format -q .
-	$(VENV)/clang-format -i $$(git ls-files 'csrc/*' 'bindings/*' | grep -E '\.(h|cpp)$$')
+	$(VENV)/clang-format -i $$(git ls-files 'csrc/*' 'bindings/*' 'tests/neon/*' | grep -E '\.(h|cpp)$$')
 
 # All tables, curves and pictures, and one page of them: make bench RESULTS=benchmarks/results/mine keeps them.
 RESULTS ?= build/results

@@ -110,7 +110,8 @@ void check_decoding() {
         if (j >= lengths[b] - n.T && j < lengths[b]) k_new.push_back(k[from]), v_new.push_back(v[from]);
       }
   CacheAppend<T> append{};
-  append.k_cache = heads(k_cache.data(), kBlock, n.Hkv, n.D), append.v_cache = heads(v_cache.data(), kBlock, n.Hkv, n.D);
+  append.k_cache = heads(k_cache.data(), kBlock, n.Hkv, n.D),
+  append.v_cache = heads(v_cache.data(), kBlock, n.Hkv, n.D);
   append.k = heads<const T>(k_new.data(), n.T, n.Hkv, n.D), append.v = heads<const T>(v_new.data(), n.T, n.Hkv, n.D);
   append.lengths = lengths.data(), append.block_table = table.data(), append.table_width = kWidth;
   append.block = kBlock, append.B = n.B, append.T_ = n.T, append.Hkv = n.Hkv, append.D = n.D;

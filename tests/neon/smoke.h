@@ -1,4 +1,5 @@
-// What the smoke checks share: random data, conversions, and the judgement of a kernel's output by plain loops in double.
+// What the smoke checks share: random data, conversions, and the judgement of a kernel's output by plain loops in
+// double.
 #pragma once
 #include <cmath>
 #include <cstdint>
