@@ -40,7 +40,10 @@ def draw_bars(axes, table: dict) -> None:
     axes.set_yticks([y + 0.4 for y in range(len(rows))], [row["shape"] for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set(xlabel="part of the roof", xlim=(0, None))
+    measured = all(row.get("share") for row in rows)
+    label = "part of the roof" if measured else "part of the roof, or of the fastest where no roof was measured"
+    axes.set(xlabel=label, xlim=(0, None))
+    axes.margins(y=0.01)
     axes.legend(fontsize=8)
 
 
@@ -71,6 +74,7 @@ def draw_lines(axes, title: str, points: list[tuple[int, dict]], axis: str) -> N
         axes.plot(*zip(*roof, strict=True), "--", color="black", linewidth=0.8, label="roof")
     axes.set(xscale="log", xlabel=axis, ylabel="GFLOP/s" if flops else "GB/s", title=title, ylim=(0, None))
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
