@@ -4,6 +4,7 @@ Each format is a source: config; shapes by parameter name; dtype, that of the de
 read(name), a tensor that may be a view of the file, or an NF4Linear.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -53,7 +54,9 @@ def from_pretrained(path, *, quantize=None, quantize_head=False, double_quant=Fa
             model = Llama(source.config)
     except RuntimeError as e:  # sizes whose product overflows
         raise ValueError(f"checkpoint: {path} must have sizes of a model, got {source.config}") from e
-    for name, stored in match_keys(model, source).items():
+    matches = match_keys(model, source)
+    for name in sorted(matches, key=lambda name: -math.prod(source.shapes[matches[name]])):
+        stored = matches[name]  # the largest first: while it is read and copied, little else is held
         packs = quantize is not None and (name.startswith("layers.") or (quantize_head and name == HEAD))
         place(model, name, source.read(stored), double_quant if packs else None, dtype or source.dtype)
     model.tie_weights()
