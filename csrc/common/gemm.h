@@ -34,14 +34,13 @@ template <int MV>
 constexpr int kDepth =
     MV <= kTileVecs / 2 ? 256 : 128;  // words of a block of the reduction: a strip's share stays in L1
 
-// fn<MV>() with the strip that wastes fewest lanes, the widest of equals.
+// fn<MV>() with the strips for `lanes` lanes: full ones, or one that is narrower.
 template <typename Fn>
 void with_strips(int64_t lanes, const Fn& fn) {
   const int64_t vecs = ceil_div(lanes, kLanes);
 #if !defined(LK_ISA_AVX2)
-  const auto padded = [&](int64_t mv) { return round_up(vecs, mv); };
-  if (vecs > 2 && padded(4) <= padded(3) && padded(4) <= padded(2)) return fn.template operator()<4>();
-  if (vecs > 2 && padded(3) <= padded(2)) return fn.template operator()<3>();
+  if (vecs > 3) return fn.template operator()<4>();
+  if (vecs > 2) return fn.template operator()<3>();
 #endif
   if (vecs > 1) return fn.template operator()<2>();
   fn.template operator()<1>();
@@ -130,10 +129,13 @@ struct DenseColumns {
   }
 };
 
-// Rows up to a whole tile are 0.
+// Rows up to a multiple of every tile's rows.
+inline int64_t padded_rows(int64_t rows) { return round_up(rows, kRows<1>); }
+
+// `rows` rows, and zeros up to `padded` rows.
 template <int MV, Panel kPanel, typename Fill>
-void fill_panel(uint32_t* panel, const Fill& fill, int64_t row, int64_t rows, int64_t word, int64_t words) {
-  const int64_t padded = round_up(rows, kRows<MV>);
+void fill_panel(uint32_t* panel, const Fill& fill, int64_t row, int64_t rows, int64_t padded, int64_t word,
+                int64_t words) {
   if constexpr (kPanel == Panel::kByRow) {
     for (int64_t r = 0; r < rows; ++r) fill(panel + r * kDepth<MV>, row + r, word, words);
     if (padded > rows) memset(panel + rows * kDepth<MV>, 0, size_t((padded - rows) * kDepth<MV>) * 4);
@@ -145,17 +147,27 @@ void fill_panel(uint32_t* panel, const Fill& fill, int64_t row, int64_t rows, in
   }
 }
 
-// C[rows][width] = (add ? C : 0) + panel · strip, for rows up to a whole tile. With each tile `share` words from `next`
-// on come to L2.
-template <typename W, int MV, Panel kPanel>
+// C[rows][width] = (add ? C : 0) + panel · strip, for rows up to a whole tile. With each row `share` words from `next`
+// on come to L2. Of the strip's MV vectors of lanes, the first NV are multiplied.
+template <typename W, int MV, int NV, Panel kPanel>
 void multiply(float* c, bool add, const uint32_t* strip, const uint32_t* panel, int64_t rows, int64_t words,
               const uint32_t* next, int64_t share) {
   constexpr int RS = kPanel == Panel::kByRow ? kDepth<MV> : 1, KS = kPanel == Panel::kByRow ? 1 : kPanelRows;
-  constexpr int64_t width = kWidth<MV>, line = 16;
-  for (int64_t r = 0; r < rows; r += kRows<MV>, c += kRows<MV> * width, next += share) {
-    for (int64_t i = 0; i < share; i += line) __builtin_prefetch(next + i, 0, 2);
-    tile<W, MV, kRows<MV>, RS, KS>(c, width, add, strip, width, panel + r * RS, words);
+  constexpr int64_t width = kWidth<MV>, line = 16, tile_rows = kRows<NV>;
+  for (int64_t r = 0; r < rows; r += tile_rows, c += tile_rows * width, next += tile_rows * share) {
+    for (int64_t i = 0; i < tile_rows * share; i += line) __builtin_prefetch(next + i, 0, 2);
+    tile<W, NV, tile_rows, RS, KS>(c, width, add, strip, width, panel + r * RS, words);
   }
+}
+
+// The same for `lanes` lanes of the strip, by the tile that wastes none of its vectors.
+template <typename W, int MV, Panel kPanel, int NV = MV>
+void multiply_lanes(int64_t lanes, float* c, bool add, const uint32_t* strip, const uint32_t* panel, int64_t rows,
+                    int64_t words, const uint32_t* next, int64_t share) {
+  if constexpr (NV > 1)
+    if (lanes <= (NV - 1) * kLanes)
+      return multiply_lanes<W, MV, kPanel, NV - 1>(lanes, c, add, strip, panel, rows, words, next, share);
+  multiply<W, MV, NV, kPanel>(c, add, strip, panel, rows, words, next, share);
 }
 
 // y[row·ld + lane] = finish(C[row][lane]) for the rows and lanes that exist.
@@ -203,28 +215,33 @@ Segment(const uint32_t*, int64_t, Fill) -> Segment<Fill>;
 template <typename Fill, typename After>
 Segment(const uint32_t*, int64_t, Fill, After) -> Segment<Fill, After>;
 
-// C of `count` strips from `strip` on and `rows` rows from `row` on, at c [strip][padded rows][width].
+// C of `count` strips from `strip` on, which hold `lanes` lanes, and of `rows` rows from `row` on, at
+// c [strip][padded rows][width].
 template <typename W, int MV, Panel kPanel, typename Fill, typename After>
 __attribute__((noinline)) static void accumulate(float* c, bool& add, uint32_t* panel,
                                                  const Segment<Fill, After>& segment, int64_t strip, int64_t count,
-                                                 int64_t row, int64_t rows) {
-  constexpr int64_t width = kWidth<MV>, tile_rows = kRows<MV>;
-  const int64_t padded = round_up(rows, tile_rows), c_strip = padded * width;
+                                                 int64_t lanes, int64_t row, int64_t rows) {
+  constexpr int64_t width = kWidth<MV>;
+  const int64_t padded = padded_rows(rows), c_strip = padded * width;
   for (int64_t word = 0; word < segment.words; word += kDepth<MV>) {
     const int64_t words = min64(segment.words - word, kDepth<MV>);
     const auto block = [&](int64_t s) { return segment.lanes + ((strip + s) * segment.words + word) * width; };
-    // The lanes that are multiplied after those of strip s, fetched while that is multiplied: a share with each tile.
+    // The lanes that are multiplied after those of strip s, fetched while that is multiplied: a share with each row.
     const auto next = [&](int64_t s) { return s + 1 < count ? block(s + 1) : block(0) + words * width; };
-    const int64_t share = ceil_div(words * width * tile_rows, padded);
+    const int64_t share = ceil_div(words * width, padded);
     // The first strip multiplies rows while they are fresh in L1; the others find the whole panel in L2.
-    const int64_t step = kPanel == Panel::kByRow ? tile_rows : padded;
-    for (int64_t r = 0; r < padded; r += step) {
+    const int64_t first = min64(MV, ceil_div(lanes, kLanes)),
+                  step = kPanel == Panel::kByRow ? kRows<1> / first : padded;
+    for (int64_t r = 0; r < rows; r += step) {
       uint32_t* part = panel + r * kDepth<MV>;
-      fill_panel<MV, kPanel>(part, segment.fill, row + r, min64(rows - r, step), word, words);
-      multiply<W, MV, kPanel>(c + r * width, add, block(0), part, step, words, next(0) + r / tile_rows * share, share);
+      fill_panel<MV, kPanel>(part, segment.fill, row + r, min64(rows - r, step), step, word, words);
+      multiply_lanes<W, MV, kPanel>(lanes, c + r * width, add, block(0), part, step, words, next(0) + r * share, share);
     }
+    if (const int64_t filled = round_up(rows, step); filled < padded)
+      memset(panel + filled * kDepth<MV>, 0, size_t((padded - filled) * kDepth<MV>) * 4);
     for (int64_t s = 1; s < count; ++s)
-      multiply<W, MV, kPanel>(c + s * c_strip, add, block(s), panel, rows, words, next(s), share);
+      multiply_lanes<W, MV, kPanel>(lanes - s * width, c + s * c_strip, add, block(s), panel, rows, words, next(s),
+                                    share);
     add = true;
   }
   for (int64_t s = 0; s < count && add; ++s) segment.after(c + s * c_strip, strip + s, row, rows);
@@ -257,12 +274,12 @@ void gemm(int64_t lanes, int64_t rows, const Store& store, const Segments&... se
   parallel_for(groups * cut.tasks(), [&](int64_t task) {
     const int64_t strip = task % groups * group, count = min64(strips - strip, group);
     const int64_t row = cut.begin(task / groups), here = cut.begin(task / groups + 1) - row;
-    const int64_t c_strip = round_up(here, kRows<MV>) * width;
+    const int64_t c_strip = padded_rows(here) * width;
     if (count <= 0) return;
     Scratch<uint32_t> panel(kPanelRows * kBlockWords);
     Scratch<float> c(count * c_strip);
     bool add = false;
-    (accumulate<W, MV, kPanel>(c, add, panel, segments, strip, count, row, here), ...);
+    (accumulate<W, MV, kPanel>(c, add, panel, segments, strip, count, lanes - strip * width, row, here), ...);
     if (!add) memset(c, 0, size_t(count * c_strip) * 4);  // an empty reduction
     for (int64_t s = 0; s < count; ++s) store(c + s * c_strip, strip + s, row, here);
   });

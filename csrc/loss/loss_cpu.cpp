@@ -39,6 +39,7 @@ struct Chunk {
   uint32_t* word(int64_t lane, int64_t v) {
     return probs.get() + (lane / width * words + v / W::kPer) * width + lane % width;
   }
+  int64_t end_of_strip(int64_t strip) const { return min64((strip + 1) * width, round_up(count, kLanes)); }
   int64_t end_of(int64_t block) const { return min64(p.V, (block + 1) * kVocabBlock); }
 };
 
@@ -55,7 +56,7 @@ static void take_scores(Chunk<T, MV>& k, const float* c, int64_t block, int64_t 
   using W = Words<T>;
   constexpr int64_t width = kWidth<MV>;
   const int64_t first = block * kVocabBlock, rows = k.end_of(block) - first;
-  for (int64_t lane = strip * width; lane < (strip + 1) * width; lane += kLanes, c += kLanes) {
+  for (int64_t lane = strip * width; lane < k.end_of_strip(strip); lane += kLanes, c += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
       const int64_t row = k.label(lane + i) - first;
       if (row >= 0 && row < rows) k.score[lane + i] = c[row * width + i];
@@ -82,13 +83,14 @@ static void scores(Chunk<T, MV>& k) {
   pack_rows<W, MV>(lanes, k.h.get(), k.p.C, k.count, k.p.C);
   const Segment segment{lanes.get(), words, DenseRows<W, T>{k.p.w, k.p.w_row, k.p.C}};
   parallel_for(k.blocks, [&](int64_t block) {
-    const int64_t rows = k.end_of(block) - block * kVocabBlock, c_strip = round_up(rows, kRows<MV>) * width;
+    const int64_t rows = k.end_of(block) - block * kVocabBlock, c_strip = padded_rows(rows) * width;
     Scratch<uint32_t> panel(kPanelRows * kBlockWords);
     Scratch<float> c(min64(k.strips, kGroupStrips<MV>) * c_strip);
     for (int64_t strip = 0; strip < k.strips; strip += kGroupStrips<MV>) {
       const int64_t here = min64(k.strips - strip, kGroupStrips<MV>);
       bool add = false;
-      accumulate<W, MV, Panel::kByRow>(c, add, panel, segment, strip, here, block * kVocabBlock, rows);
+      accumulate<W, MV, Panel::kByRow>(c, add, panel, segment, strip, here, k.count - strip * width,
+                                       block * kVocabBlock, rows);
       if (!add) memset(c, 0, size_t(here * c_strip) * 4);  // C = 0
       for (int64_t s = 0; s < here; ++s) take_scores(k, c + s * c_strip, block, strip + s);
     }
@@ -98,7 +100,7 @@ static void scores(Chunk<T, MV>& k) {
 // The losses; `total` becomes what turns a block's exponentials into P: g·exp(largest of the block) / Σ_v exp(z_v).
 template <typename T, int MV>
 static void losses(Chunk<T, MV>& k) {
-  parallel_for(k.lanes / kLanes, [&](int64_t vec) {
+  parallel_for(ceil_div(k.count, kLanes), [&](int64_t vec) {
     const int64_t lane = vec * kLanes;
     Vec top = load(k.top + lane), sum{};
     for (int64_t b = 1; b < k.blocks; ++b) top = max(top, load(k.top + b * k.lanes + lane));
@@ -118,7 +120,7 @@ static void probabilities(Chunk<T, MV>& k) {
   using W = Words<T>;
   parallel_for(k.blocks * k.strips, [&](int64_t task) {
     const int64_t block = task % k.blocks, strip = task / k.blocks, first = block * kVocabBlock;
-    for (int64_t lane = strip * k.width; lane < (strip + 1) * k.width; lane += kLanes) {
+    for (int64_t lane = strip * k.width; lane < k.end_of_strip(strip); lane += kLanes) {
       const Vec scale = load(k.total + block * k.lanes + lane);
       for (int64_t v = first; v < k.end_of(block); v += W::kPer) {
         const IVec e = load_words(k.word(lane, v));
