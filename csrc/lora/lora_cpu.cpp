@@ -118,6 +118,36 @@ struct StoreNarrow {
   }
 };
 
+// h = x Aᵀ of one strip: it packs x too, as each piece of the reduction comes by.
+template <typename W, int MV, typename T, typename P>
+static void strip_down(float* h, uint32_t* h_lanes, uint32_t* lanes, const T* x, int64_t x_row, const Lora<P>& lora,
+                       int64_t M, int64_t K) {
+  constexpr int64_t width = kWidth<MV>, tile_rows = kRows<MV>, piece = 4 * kGroup, depth = piece / W::kPer;
+  const int64_t rows = round_up(lora.R, tile_rows), pieces = ceil_div(K, piece);
+  Scratch<float> parts(max64(pieces, 1) * rows * width);
+  float* part = parts;
+  memset(part, 0, size_t(rows * width) * 4);
+  const GroupRows<W, P> a{lora.a, K};
+  parallel_for(pieces, [&](int64_t task) {
+    const int64_t k = task * piece, words = group_words<W>(min64(K - k, piece));
+    uint32_t* here = lanes + k / W::kPer * width;
+    pack_groups<W, MV>(here, x + k, x_row, M, min64(K - k, piece));
+    Scratch<uint32_t> panel(tile_rows * depth);
+    for (int64_t row = 0; row < lora.R; row += tile_rows) {
+      for (int64_t r = 0; r < tile_rows; ++r)  // a row that does not exist repeats the last
+        a(panel + r * depth, min64(row + r, lora.R - 1), k / W::kPer, words);
+      float* c = part + (task * rows + row) * width;
+      tile<W, MV, tile_rows, depth, 1>(c, width, false, here, width, panel, words);
+    }
+  });
+  for (int64_t i = 0; i < rows * width; i += kLanes) {
+    Vec total = load(part + i);
+    for (int64_t task = 1; task < pieces; ++task) total += load(part + task * rows * width + i);
+    store(part + i, total);
+  }
+  StoreNarrow<W, MV>{h, h_lanes, M, lora.R, 1.0f, lora.scale}(part, 0, 0, lora.R);
+}
+
 // h = drop(x) Aᵀ. `lanes` holds x as packed, in kOrder.
 template <typename W, int MV, Order kOrder, typename T, typename P>
 static void down(float* h, uint32_t* h_lanes, const uint32_t* lanes, const T* x, int64_t x_row, const Lora<P>& lora,
@@ -270,8 +300,13 @@ static void nf4_lora_linear(const Nf4LoraLinear<T, P>& p) {
       down<W, MV, Order::kPlain>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, K);
       return gemm<W, MV, Panel::kByRow>(M, N, store, adapter, Segment{lanes, words_of<W>(K), Nf4Rows<W>{p.w}});
     }
-    pack_rows_groups<W, MV>(lanes, p.x, p.x_row, M, K);
-    down<W, MV, Order::kGroups>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, K);
+    const bool strip = M <= kWidth<MV>;
+    if (strip && !p.lora.drop.seed) {
+      strip_down<W, MV>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, K);
+    } else {
+      pack_rows_groups<W, MV>(lanes, p.x, p.x_row, M, K);
+      down<W, MV, Order::kGroups>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, K);
+    }
     if (M <= kWidth<MV>) return strip_linear<W, MV>(p.w, lanes, BeginWithAdapter<W, MV, P>{h_lanes, p.lora}, store);
     gemm<W, MV, Panel::kByRow>(M, N, store, adapter, Segment{lanes, group_words<W>(K), Nf4Rows<W>{p.w}});
   });

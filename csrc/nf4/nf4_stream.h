@@ -7,22 +7,26 @@
 
 namespace llamakern::LK_ISA {
 
-constexpr int64_t kStreamTokens = 8;     // from here on the tile, which decodes once for 16 lanes, is faster
-constexpr int64_t kStreamRows = 32;      // of each half of W in a task
-constexpr int64_t kStreamAhead = 16384;  // bytes
+constexpr int64_t kStreamTokens = 8;  // from here on the tile, which decodes once for 16 lanes, is faster
+constexpr int64_t kStreamRows = 32;   // of each half of W in a task
+constexpr int64_t kStreamWhole = 4;   // tokens whose lanes stay in cache whole; more take blocks of the reduction
+constexpr int64_t kStreamK = 512;     // weights of a row in such a block
+constexpr int64_t kBlockRows = 16;    // of a task that goes by blocks
 
 inline bool can_stream(const Nf4Matrix& w, int64_t M) { return M <= kStreamTokens && in_units(w); }
 
+// Where a row lies, and what to fetch meanwhile.
 struct StreamRow {
   const uint8_t* bytes;
   const float* scales;  // of its units
+  const uint8_t* ahead;
 };
 
-// acc[r][m] += Codes::kScale·Σ_k W[row r][k] · x[m][k], x as words [M][group_words(K)].
+// sums[r][m] += Codes::kScale·Σ_k W[row r][k] · x[m][k] over K elements; x as words in the order of groups, the tokens
+// x_row words apart.
 template <typename W, int M, int NR>
-__attribute__((noinline)) static void stream_rows(Vec (&sums)[NR][M], const StreamRow (&rows)[NR], int64_t K,
-                                                  const uint32_t* x) {
-  const int64_t words = group_words<W>(K);
+__attribute__((noinline)) static void stream_rows(Vec* sums, const StreamRow (&rows)[NR], int64_t K, const uint32_t* x,
+                                                  int64_t x_row) {
   const Codes<W> codes;
   StreamRow row[NR];
   Vec acc[NR][M];
@@ -30,14 +34,14 @@ __attribute__((noinline)) static void stream_rows(Vec (&sums)[NR][M], const Stre
   for (int r = 0; r < NR; ++r) {
     row[r] = rows[r];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) acc[r][m] = sums[r][m];
+    for (int m = 0; m < M; ++m) acc[r][m] = sums[r * M + m];
   }
   const auto group = [&](int64_t k, const auto... left) __attribute__((always_inline)) {
     IVec weights[NR][kSteps<W>];
     Vec scale[NR];
 #pragma GCC unroll 8
     for (int r = 0; r < NR; ++r) {
-      __builtin_prefetch(row[r].bytes + k / 2 + kStreamAhead);
+      __builtin_prefetch(row[r].ahead + k / 2);
       const IVec bytes = load_group(row[r].bytes + k / 2, left...);
       scale[r] = group_scales(row[r].scales + k / kUnit, left...);
 #pragma GCC unroll 8
@@ -49,7 +53,7 @@ __attribute__((noinline)) static void stream_rows(Vec (&sums)[NR][M], const Stre
       Vec dot[NR][chains] = {};
 #pragma GCC unroll 8
       for (int s = 0; s < kSteps<W>; ++s) {
-        const IVec lanes = load_words(x + m * words + k / W::kPer + s * kLanes);
+        const IVec lanes = load_words(x + m * x_row + k / W::kPer + s * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < NR; ++r) dot[r][s % chains] = W::dot(dot[r][s % chains], lanes, weights[r][s]);
       }
@@ -64,19 +68,14 @@ __attribute__((noinline)) static void stream_rows(Vec (&sums)[NR][M], const Stre
 #pragma GCC unroll 8
   for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) sums[r][m] = acc[r][m];
+    for (int m = 0; m < M; ++m) sums[r * M + m] = acc[r][m];
 }
 
-// finish(i, n, m, Σ_k W_i[n][k] x[m][k] + Σ start(i, n, m) / Codes::kScale) for every n and m of `count` weights that
-// read the same x; start gives a vector.
-template <typename W, int M, typename T, typename Start, typename Finish>
-void stream_linears(const Nf4Matrix* some, int count, const T* x, int64_t x_row, const Start& start,
-                    const Finish& finish) {
-  const int64_t K = some[0].K, words = group_words<W>(K), units = K / kUnit;
-  Scratch<uint32_t> packed(M * words);
-  for (int m = 0; m < M; ++m) order_row<W>(packed + m * words, x + m * x_row, K);
-  const uint32_t* lanes = packed;
-  // Two streams far apart keep more cache lines in flight than one.
+// Few tokens: two streams far apart keep more cache lines in flight than one. start(i, n, m), finish(i, n, m, Vec).
+template <typename W, int M, typename Start, typename Finish>
+void stream_halves(const Nf4Matrix* some, int count, const uint32_t* x, const Start& start, const Finish& finish) {
+  constexpr int64_t ahead = 16384;
+  const int64_t K = some[0].K, units = K / kUnit;
   const auto tasks = [](const Nf4Matrix& w) { return ceil_div(ceil_div(w.N, 2), kStreamRows); };
   int64_t all = 0;
   for (int i = 0; i < count; ++i) all += tasks(some[i]);
@@ -88,19 +87,70 @@ void stream_linears(const Nf4Matrix* some, int count, const T* x, int64_t x_row,
     Scratch<float> room(2 * units);
     const auto rows = [&]<int NR>(int64_t n) {
       StreamRow row[NR];
-      Vec sums[NR][M];
+      Vec sums[NR * M];
       for (int r = 0; r < NR; ++r) {
-        row[r] = {w.codes + (n + r * half) * K / 2, row_scales(room + r * units, w, n + r * half)};
-        for (int m = 0; m < M; ++m) sums[r][m] = start(i, n + r * half, m);
+        const uint8_t* bytes = w.codes + (n + r * half) * K / 2;
+        row[r] = {bytes, row_scales(room + r * units, w, n + r * half), bytes + ahead};
+        for (int m = 0; m < M; ++m) sums[r * M + m] = start(i, n + r * half, m);
       }
-      stream_rows<W, M, NR>(sums, row, K, lanes);
+      stream_rows<W, M, NR>(sums, row, K, x, group_words<W>(K));
       for (int r = 0; r < NR; ++r)
-        for (int m = 0; m < M; ++m) finish(i, n + r * half, m, sum(sums[r][m]) * (1.0f / Codes<W>::kScale));
+        for (int m = 0; m < M; ++m) finish(i, n + r * half, m, sums[r * M + m]);
     };
     const int64_t begin = task * kStreamRows, end = min64(half, begin + kStreamRows);
     for (int64_t n = begin; n < min64(end, w.N - half); ++n) rows.template operator()<2>(n);
     if (end > w.N - half) rows.template operator()<1>(end - 1);
   });
+}
+
+// More tokens: block by block of the reduction, since the lanes of all of it would not stay in L1.
+template <typename W, int M, typename Start, typename Finish>
+void stream_blocks(const Nf4Matrix& w, const uint32_t* x, const Start& start, const Finish& finish) {
+  constexpr int64_t block = kStreamK;
+  const int64_t units = w.K / kUnit;
+  parallel_neighbours(ceil_div(w.N, kBlockRows), [&](int64_t task) {
+    const int64_t begin = task * kBlockRows, rows = min64(kBlockRows, w.N - begin);
+    Scratch<float> room(rows * units);
+    Scratch<Vec> sums(rows * M);
+    const float* scales[kBlockRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      scales[r] = row_scales(room + r * units, w, begin + r);
+      for (int64_t m = 0; m < M; ++m) sums[r * M + m] = start(begin + r, m);
+    }
+    for (int64_t k = 0; k < w.K; k += block)
+      for (int64_t r = 0; r < rows; ++r) {
+        const uint8_t* bytes = w.codes + ((begin + r) * w.K + k) / 2;
+        const int64_t later = k + block < w.K ? block : rows * w.K - k;  // the next block or the next task
+        if (scales_lie(w)) __builtin_prefetch(scales[r] + (k + later) / kUnit);
+        const StreamRow row[1] = {{bytes, scales[r] + k / kUnit, bytes + later / 2}};
+        stream_rows<W, M, 1>(sums + r * M, row, min64(w.K - k, block), x + k / W::kPer * M, block / W::kPer);
+      }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t m = 0; m < M; ++m) finish(begin + r, m, sums[r * M + m]);
+  });
+}
+
+// finish(i, n, m, Σ_k W_i[n][k] x[m][k] + Σ start(i, n, m) / Codes::kScale) for every n and m of `count` weights that
+// read the same x; start gives a vector.
+template <typename W, int M, typename T, typename Start, typename Finish>
+void stream_linears(const Nf4Matrix* some, int count, const T* x, int64_t x_row, const Start& start,
+                    const Finish& finish) {
+  constexpr bool whole = M <= kStreamWhole;
+  const int64_t K = some[0].K, block = whole ? max64(round_up(K, kGroup), kGroup) : kStreamK, words = block / W::kPer;
+  Scratch<uint32_t> lanes(M * round_up(K, block) / W::kPer);  // [block][token][word]
+  for (int64_t k = 0; k < K; k += block)
+    for (int m = 0; m < M; ++m)
+      order_row<W>(lanes + k / W::kPer * M + m * words, x + m * x_row + k, min64(K - k, block));
+  const auto done = [&](int i, int64_t n, int64_t m, Vec total) {
+    finish(i, n, m, sum(total) * (1.0f / Codes<W>::kScale));
+  };
+  if constexpr (whole)
+    stream_halves<W, M>(some, count, lanes.get(), start, done);
+  else
+    for (int i = 0; i < count; ++i)
+      stream_blocks<W, M>(
+          some[i], lanes.get(), [&](int64_t n, int64_t m) { return start(i, n, m); },
+          [&](int64_t n, int64_t m, Vec total) { done(i, n, m, total); });
 }
 
 // The same for one weight: finish(n, m, ...) and start(n, m).
