@@ -279,7 +279,7 @@ struct BeginWithAdapter {
     for (int64_t row = 0; row < rows; row += tile_rows, c += tile_rows * width)
       for (int64_t word = 0; word < words; word += depth) {
         const int64_t here = min64(words - word, depth);
-        fill_panel<MV, Panel::kByRow>(panel, b, n + row, min64(rows - row, tile_rows), word, here);
+        fill_panel<MV, Panel::kByRow>(panel, b, n + row, min64(rows - row, tile_rows), tile_rows, word, here);
         tile<W, MV, tile_rows, depth, 1>(c, width, word > 0, h_lanes + word * width, width, panel, here);
       }
     return words > 0;
@@ -307,7 +307,7 @@ static void nf4_lora_linear(const Nf4LoraLinear<T, P>& p) {
       pack_rows_groups<W, MV>(lanes, p.x, p.x_row, M, K);
       down<W, MV, Order::kGroups>(p.h, h_lanes, lanes, p.x, p.x_row, p.lora, M, K);
     }
-    if (M <= kWidth<MV>) return strip_linear<W, MV>(p.w, lanes, BeginWithAdapter<W, MV, P>{h_lanes, p.lora}, store);
+    if (strip) return strip_linear<W, MV>(p.w, lanes, BeginWithAdapter<W, MV, P>{h_lanes, p.lora}, store);
     gemm<W, MV, Panel::kByRow>(M, N, store, adapter, Segment{lanes, group_words<W>(K), Nf4Rows<W>{p.w}});
   });
 }
