@@ -26,7 +26,7 @@ EVAL = ("bitsandbytes eval",)
 BITSANDBYTES = ("bitsandbytes eval", "bitsandbytes training")
 LLAMA_CPP = ("llama.cpp", "llama.cpp flash")
 PEFT = ("as PEFT sets it up", "autocast", "bfloat16 adapters")  # transformers + PEFT, over bitsandbytes for qlora
-TRAIN = "C=1024 8 layers V=32000 B=2 T=512"
+TRAIN = "C=1024 8 layers V=32000 B=2 T=512 bfloat16"
 
 
 def attention() -> list[Target]:

@@ -89,7 +89,7 @@ def test_page_runs(name, place, capsys):
             exec(compile(code, name, "exec"), namespace)
     for code, missing in blocks(name, "sh"):
         for words in commands(code) if not missing else ():
-            if words[0] == "llamakern" and words[1] not in ("demo", "info"):
+            if words[0] == "llamakern" and not takes_long(words):
                 capsys.readouterr()
                 assert main(words[1:]) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
     if left_out:

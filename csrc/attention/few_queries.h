@@ -1,6 +1,5 @@
 // Attention of a few query rows over many keys: decoding. Keys and values are read once, where they lie and in their
-// order, so that memory streams: a key is multiplied with the query rows at once, values are packed a few at a time, as
-// the lanes of a tile whose rows are the query rows.
+// order, so that memory streams: each row, as it comes, is multiplied with all the query rows of its head (stream.h).
 //
 // The keys of a sequence are cut into ranges, each a task that leaves each head's maximum, sum and output; these are
 // joined in their order.

@@ -14,7 +14,7 @@ constexpr int64_t kAheadBytes = 8192;  // of keys or values, from the request of
 // 32 ranges, each of 64 KB of keys at least, and of 512 keys and 256 KB of scores at most.
 template <typename T>
 int64_t range_keys(const Attended<T>& in, int64_t S) {
-  const int64_t rows = in.Hkv * in.T_ * in.G();
+  const int64_t rows = max64(1, in.Hkv * in.T_ * in.G());
   const int64_t wanted = max64(ceil_div(S, 32), ceil_div(int64_t(65536 / sizeof(T)), in.Hkv * in.D));
   const int64_t most = min64(512, max64(64, 65536 / rows));
   return min64(round_up(wanted, 64), most / 64 * 64);
