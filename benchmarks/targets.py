@@ -72,7 +72,7 @@ TARGETS = [
     lora(512, 0.025),
     Target("generate", "decode prompt=512", "times", 1.3, LLAMA_CPP),
     Target("generate", "prefill prompt=512", "times", 1.6, LLAMA_CPP),
-    Target("train_qlora", TRAIN, "times", 2.5, PEFT),
-    Target("train_qlora", TRAIN, "memory", 2.0, PEFT),
-    Target("train_lora", TRAIN, "times", 2.5, PEFT),
+    Target("train_qlora", f"qlora {TRAIN}", "times", 2.5, PEFT),
+    Target("train_qlora", f"qlora {TRAIN}", "memory", 2.0, PEFT),
+    Target("train_lora", f"lora {TRAIN}", "times", 2.5, PEFT),
 ]
