@@ -282,9 +282,11 @@ void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
     check_same_dtype(op, name, *t, "k_cache", k_cache);
     check_same_device(op, name, *t, "k_cache", k_cache);
   }
-  for (const auto& [name, t] : {std::pair{"k_cache", &k_cache}, {"v_cache", &v_cache}})
+  for (const auto& [name, t] : {std::pair{"k_cache", &k_cache}, {"v_cache", &v_cache}}) {
+    check_not_expanded(op, name, *t);
     check(D <= 1 || t->stride(3) == 1, op, ": ", name, " must have a contiguous last dimension, got a stride of ",
           t->stride(3));
+  }
   const Cache cache = check_cache(op, k_cache, lengths, block_table, B, T_);
   const Tensor k_ = inner_contiguous(k), v_ = inner_contiguous(v);
   dispatch_float(op, "k_cache", k_cache, [&]<typename T>() {

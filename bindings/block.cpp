@@ -48,6 +48,7 @@ void check_cache(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache, 
   for (const auto& [name, t] : {std::pair{"k_cache", &k_cache}, {"v_cache", &v_cache}}) {
     check_same_dtype(kOp, name, *t, "x", x);
     check_same_device(kOp, name, *t, "x", x);
+    check_not_expanded(kOp, name, *t);
     check(t->stride(3) == 1, kOp, ": ", name, " must have a contiguous last dimension, got a stride of ", t->stride(3));
   }
 }
@@ -92,8 +93,8 @@ Tensor nf4_block_decode_(const Tensor& x_, const Tensors& norms, const Tensors& 
   check_count("norms", norms, 2);
   const std::optional<Tensor> attention_norm = parameter(kOp, "norms", norms[0], {C}, x_),
                               ffn_norm = parameter(kOp, "norms", norms[1], {C}, x_);
+  for (const Tensor& t : weight) check_same_device(kOp, "weight", t, "x", x_);
   const Matrices w(weight, absmax, absmax_scale, absmax_offset, block_size, C, H * D, Hkv * D, F);
-  check_same_device(kOp, "weight", weight[0], "x", x_);
   const Rows x = as_rows(x_);
   const Tensor y = empty(x_.sizes(), x_.scalar_type(), x_);
   dispatch_float(kOp, "x", x_, [&]<typename T>() {

@@ -85,6 +85,13 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
     check(false, op, ": ", name, " must be on the device of ", like_name, ", got another one");
 }
 
+// What is written must have a place of its own for each element.
+inline void check_not_expanded(const char* op, const char* name, const Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) > 1 && t.stride(d) == 0)
+      check(false, op, ": ", name, " must not be expanded, got a stride of 0 in dimension ", d);
+}
+
 // Any strides are welcome where the last dimension is contiguous; else a copy is made.
 inline Tensor inner_contiguous(const Tensor& t) {
   return t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);

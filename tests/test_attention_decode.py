@@ -187,6 +187,11 @@ def test_bad_decode(changes, error, message):
             ValueError,
             "cache_append_: k_cache must have a contiguous last dimension, got a stride of 2",
         ),
+        (
+            {"v_cache": Z(1, 6, 2, 8).expand(2, 6, 2, 8)},
+            ValueError,
+            "cache_append_: v_cache must not be expanded, got a stride of 0 in dimension 0",
+        ),
         ({"k": Z(2, 2, 2, 8).requires_grad_()}, RuntimeError, "cache_append_: has no gradient"),
     ],
 )

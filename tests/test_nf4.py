@@ -245,6 +245,13 @@ def test_no_rows_of_the_weight():
     assert bias.grad.shape == (0,)
 
 
+@pytest.mark.parametrize("M", [1, 8, 16, 70])
+def test_an_empty_reduction_gives_the_bias(M, dtype, isa):
+    weight, absmax, bias = torch.zeros(33, 0, dtype=torch.uint8), torch.zeros(33, 0), torch.randn(33).to(dtype)
+    torch.full((M, 4096), math.nan)  # so that memory that nobody writes is seen
+    assert_same_bits(ops.nf4_linear(torch.zeros(M, 0, dtype=dtype), weight, absmax, bias), bias.expand(M, 33))
+
+
 def test_flat_and_row_form_are_the_same_bytes(dtype):
     weight, absmax, _ = make_weight(10, 128)
     x = torch.randn(3, 128).to(dtype)

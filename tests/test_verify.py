@@ -133,11 +133,16 @@ def test_models_in_evaluation_are_compared_as_they_train():
     model = with_lora(tiny()).eval()
 
     class Wrong(nn.Module):
-        def forward(self, x):
-            return x * 2 if self.training else x
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x, *, residual):
+            y, s = self.norm(x, residual=residual)
+            return y * 2 if self.training else y, s
 
     other = with_lora(tiny())
-    other.norm = nn.Sequential(other.norm, Wrong())
+    other.norm = Wrong(other.norm)
     other.eval()
     assert not llamakern.verify(model, other, tokens()).ok
     assert not any(m.training for m in other.modules())

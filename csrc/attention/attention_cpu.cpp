@@ -11,9 +11,10 @@ namespace {
 // Softmax over keys, a block at a time, for kStrip lanes at once; everything in powers of two.
 //
 // Weights are 2^(s - m) against an m that follows the maximum lazily: it is raised only when a score lies more than
-// kSlack above it, which a float's exponent bears. So weights leave the tile of scores at once, and a block is taken
-// again in the rare case that its m was too low. Each lane's m depends on its own scores only. The first block sets m:
-// its scores wait in memory until their maximum is known, so the largest weight of few keys is 1 and has no rounding.
+// kSlack above it, which a float's exponent bears where values stay below 2^(127 - kSlack). So weights leave the tile
+// of scores at once, and a block is taken again in the rare case that its m was too low. Each lane's m depends on its
+// own scores only. The first block sets m: its scores wait in memory until their maximum is known, so the largest
+// weight of few keys is 1 and has no rounding.
 //
 // y is divided by the sum of the weights as they were multiplied, rounded to the words of W: so a weight that
 // outshines the others leaves its value as it is. lse is of the sum before rounding.

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kAheadBytes = 8192;  // of keys or values, from the request of memory to its use
 
-// Keys of one range, from the length of the sequence alone, so that a row of a batch has the bits it has alone: up to
-// 32 ranges, each of 64 KB of keys at least, and of 512 keys and 256 KB of scores at most.
+// Keys of one range, from the shape of the call and the length of the sequence, so that a row of a batch has the bits
+// it has alone: up to 32 ranges, each of 64 KB of keys at least, and of 512 keys and 256 KB of scores at most.
 template <typename T>
 int64_t range_keys(const Attended<T>& in, int64_t S) {
   const int64_t rows = max64(1, in.Hkv * in.T_ * in.G());

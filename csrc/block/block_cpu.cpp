@@ -16,7 +16,7 @@ namespace llamakern::LK_ISA {
 // This set's kernel of another room.
 template <typename Params>
 static void step(const Params& params) {
-  kernels<Params>[int(kThisIsa)](params);
+  run_on(kThisIsa, params);
 }
 
 // y, and s = x + residual where there is one: norm(s)·weight

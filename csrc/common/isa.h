@@ -29,10 +29,15 @@ struct File {
 };
 
 template <typename Params>
-void run(const Params& params) {
-  const Kernel<Params> kernel = kernels<Params>[int(chosen_isa())];
+void run_on(Isa isa, const Params& params) {
+  const Kernel<Params> kernel = kernels<Params>[int(isa)];
   if (!kernel) throw std::logic_error("llamakern: no kernel was built for this instruction set");
   kernel(params);
+}
+
+template <typename Params>
+void run(const Params& params) {
+  run_on(chosen_isa(), params);
 }
 
 }  // namespace llamakern

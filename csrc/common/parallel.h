@@ -41,7 +41,7 @@ void parallel_neighbours(int64_t tasks, const Fn& fn) {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  constexpr int kMost = 256;
+  constexpr int kMost = 256;  // threads
   const int shares = omp_in_parallel() ? 1 : int(min64(min64(omp_get_max_threads(), kMost), tasks));
   if (shares <= 1) {
     for (int64_t task = 0; task < tasks; ++task) fn(task);

@@ -1,4 +1,4 @@
-// LoRA on the CPU: the adapter is one more segment of the base's matmul.
+// LoRA on the CPU: the adapter is one more segment of the base's matmul; over few tokens it begins the base's sums.
 #include "lora.h"
 
 #include "../nf4/nf4_stream.h"
@@ -110,7 +110,7 @@ struct StoreNarrow {
                  [&](int64_t, int64_t, Vec sum) { return sum * wide_scale; });
     uint32_t* out = lanes + (strip * words_of<W>(R) + row / W::kPer) * width;
     for (int64_t r = 0; r < rows; r += W::kPer, out += width)
-      for (int64_t lane = 0; lane < width; lane += kLanes) {
+      for (int64_t lane = 0; lane < min64(width, M - m); lane += kLanes) {
         const float* here = c + r * width + lane;
         const Vec next = r + 1 < rows ? load(here + width) * lane_scale : Vec{};
         store_words(out + lane, W::join(load(here) * lane_scale, next));

@@ -9,7 +9,7 @@ namespace llamakern::LK_ISA {
 constexpr int64_t kUnit = 64;
 
 // Rows are whole units: then each row starts at a block and at a byte. Else every element is looked up by itself.
-inline bool in_units(const Nf4Matrix& w) { return w.K % kUnit == 0 && w.block_shift >= 6; }
+inline bool in_units(const Nf4Matrix& w) { return w.K > 0 && w.K % kUnit == 0 && w.block_shift >= 6; }
 
 template <typename W>
 constexpr int kUnitVecs = kUnit / (kLanes * W::kPer);  // vectors of words that a unit gives

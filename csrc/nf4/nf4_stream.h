@@ -7,7 +7,7 @@
 
 namespace llamakern::LK_ISA {
 
-constexpr int64_t kStreamTokens = 8;  // from here on the tile, which decodes once for 16 lanes, is faster
+constexpr int64_t kStreamTokens = 8;  // for more of them the strip, which decodes once for 16 lanes, is faster
 constexpr int64_t kStreamRows = 32;   // of each half of W in a task
 constexpr int64_t kStreamWhole = 4;   // tokens whose lanes stay in cache whole; more take blocks of the reduction
 constexpr int64_t kStreamK = 512;     // weights of a row in such a block
@@ -161,9 +161,10 @@ void stream_linear(const Nf4Matrix& w, const T* x, int64_t x_row, const Start& s
       [&](int, int64_t n, int64_t m, float y) { finish(n, m, y); });
 }
 
-// fn<M>() for a number of tokens that is known when compiling.
+// fn<M>() for a number of tokens that is known when compiling; nothing for none.
 template <typename Fn>
 void with_tokens(int64_t M, const Fn& fn) {
+  static_assert(kStreamTokens == 8);
   switch (M) {
     case 1: return fn.template operator()<1>();
     case 2: return fn.template operator()<2>();
