@@ -39,10 +39,10 @@ def lora_linear(
 
     x and w are float32, bfloat16 or float16; lora_a and lora_b both have that dtype or are both float32. Gradients flow
     to every tensor that requires one, w included. With B = 0 the result is F.linear(x, w, bias), bit for bit; else, for
-    many tokens, base and adapter are one reduction (see FUSED): a row may then differ in its last bits from the same row
-    in a batch that was cut otherwise. Compiled graphs and torch.func always take torch's linear for the base, whatever
-    the number of tokens. The same seed gives the same dropout mask. Under autocast x and w take autocast's dtype.
-    Raises ValueError for shapes and values, TypeError for dtypes.
+    many tokens, base and adapter are one reduction (see FUSED): a row may then differ in its last bits from the
+    same row in a batch that was cut otherwise. Compiled graphs and torch.func always take torch's linear for the base,
+    whatever the number of tokens. The same seed gives the same dropout mask. Under autocast x and w take autocast's
+    dtype. Raises ValueError for shapes and values, TypeError for dtypes.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
