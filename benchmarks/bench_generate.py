@@ -39,6 +39,7 @@ CONTESTANTS = {
 OURS = {"llamakern": "", "llamakern double": " double-quantised"}  # and what their rows are called
 BITS = {"llamakern": 4.5, "llamakern double": 4.127, "llama.cpp": 4.5, "llama.cpp flash": 4.5, "bitsandbytes": 4.5}
 NEEDS = {"llama.cpp": "llama_cpp", "bitsandbytes": "bitsandbytes", "bfloat16": "transformers"}
+TITLE = "generate_llama_cpp"
 SMALL = Shape(C=256, FFN=704, layers=2, H=8, Hkv=2, V=2048)
 
 
@@ -262,7 +263,7 @@ def main():
     if args.child:
         child(args.child, Shape(**args.shape), args.prompt, args.new, args.gguf)
         return
-    shape, table = SMALL if args.small else Shape(), Table("generate", args)
+    (model, shape), table = ("small", SMALL) if args.small else ("1.1B", Shape()), Table(TITLE, args)
     wanted = args.only or list(CONTESTANTS)
     absent = {name: why for name in wanted if (why := missing(name))}
     with tempfile.TemporaryDirectory() as folder:
@@ -276,13 +277,13 @@ def main():
         if name in token:
             rest = {other: some for other, some in token.items() if other == name or other not in OURS}
             amounts = {"flops": 2 * shape.weights(), "bytes_moved": int(shape.weights() * BITS[name] / 8)}
-            line = row(f"decode{kind} prompt={args.prompt}", name, rest, {"read": rates["read"]}, tokens=1, **amounts)
+            label = f"{model} decode{kind} prompt={args.prompt}"
+            line = row(label, name, rest, {"read": rates["read"]}, tokens=1, **amounts)
             table.add(line | {"absent": absent})
             rest = {other: prefill[other] for other in rest}
             amounts = {"flops": shape.prefill_flops(args.prompt), "bytes_moved": 0}
-            line = row(
-                f"prefill{kind} prompt={args.prompt}", name, rest, {"dot": rates["dot"]}, tokens=args.prompt, **amounts
-            )
+            label = f"{model} prefill{kind} prompt={args.prompt}"
+            line = row(label, name, rest, {"dot": rates["dot"]}, tokens=args.prompt, **amounts)
             table.add(line | {"absent": absent})
     table.done()
 

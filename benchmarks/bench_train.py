@@ -178,20 +178,27 @@ class Run:
     def __init__(self, task: dict):
         self.name, self.steps = task["name"], []
         command = [sys.executable, __file__, "--child", json.dumps(task)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, **pipes)
-        self.facts = self.read()
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the child's; a full pipe would make it wait
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
+        self.process, self.facts = subprocess.Popen(command, **pipes), {}
 
     def read(self) -> dict:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"{self.name} failed:\n{self.process.stderr.read()[-3000:]}")
+        self.log.seek(0)
+        raise RuntimeError(f"{self.name} failed:\n{self.log.read()[-3000:]}")
 
     def turn(self) -> None:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         self.steps.append(self.read())
+
+    def close(self) -> None:
+        """Ends the child if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
 
     def finish(self, warm: int) -> dict:
         """Seconds by step, losses, page faults of a step, memory."""
@@ -208,11 +215,18 @@ class Run:
 
 def race(task: dict, names: list[str], steps: int, warm: int) -> dict[str, dict]:
     """What each contestant reached; they load one after the other, then take turns step by step."""
-    runs = [Run(task | {"name": name}) for name in names]
-    for _ in range(warm + steps):
+    runs = []
+    try:
+        for name in names:
+            runs.append(Run(task | {"name": name}))
+            runs[-1].facts = runs[-1].read()
+        for _ in range(warm + steps):
+            for run in runs:
+                run.turn()
+        return {run.name: run.finish(warm) for run in runs}
+    finally:
         for run in runs:
-            run.turn()
-    return {run.name: run.finish(warm) for run in runs}
+            run.close()
 
 
 def row(label: str, tokens: int, found: dict[str, dict], flops: float) -> dict:

@@ -21,7 +21,7 @@ def decoder(model, cache: KVCache) -> Callable[[Tensor], Tensor]:
     if not is_plain(model, cache):
         return lambda tokens: model.hidden(tokens[:, None], cache=cache)[:, -1]
     max_len = cache.k[0].shape[1]
-    cos, sin = cos_sin(model.config, torch.arange(max_len))
+    cos, sin = cos_sin(model.config, torch.arange(max_len, device=cache.k[0].device))
     blocks = [arguments(layer) for layer in model.layers]
 
     def hidden(tokens: Tensor) -> Tensor:
@@ -60,6 +60,8 @@ def is_plain(model, cache: KVCache) -> bool:
     """Whether every block is what `block_decode` computes."""
     if type(model) is not Llama or cache.k[0].device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
+    if is_touched(model) or "hidden" in vars(model):
+        return False
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
     return all(is_plain_block(layer, cache.k[0].dtype) for layer in model.layers)
@@ -83,4 +85,6 @@ def is_plain_block(layer, dtype: torch.dtype) -> bool:
 
 def is_touched(module: torch.nn.Module) -> bool:
     """Whether a call does more than the class's own forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    if module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None:
+        return True
+    return "forward" in vars(module)

@@ -149,7 +149,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """A dense LLaMA. Built under `torch.device("meta")` it costs no memory; `from_pretrained` fills such a one.
 
-    `checkpoint_activations` keeps only the blocks' inputs for the backward and computes the rest again.
+    `checkpoint_activations` keeps only the blocks' inputs for the backward, x and delta of each, and computes the rest
+    again, to the same bits.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -237,8 +238,7 @@ class Llama(nn.Module):
             x, delta = self.embed_tokens(tokens), None
             for layer in self.layers:
                 if self.checkpoint_activations and torch.is_grad_enabled():
-                    x = x if delta is None else x + delta  # one tensor is kept, not two
-                    x, delta = checkpoint(layer, x, None, ctx, use_reentrant=False)
+                    x, delta = checkpoint(layer, x, delta, ctx, use_reentrant=False)
                 else:
                     x, delta = layer(x, delta, ctx)
             if cache is not None and lengths is not None:

@@ -251,7 +251,8 @@ class Trainer:
         vectors = [p for p in self.trainable.values() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]
-        fused = not any(hasattr(p, "full_tensor") for p in self.trainable.values())  # one pass over memory, not seven
+        sharded = any(hasattr(p, "full_tensor") for p in self.trainable.values())
+        fused = None if sharded else True  # one pass over memory, not seven; False would forbid foreach too
         return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=fused)
 
     def save(self, progress: dict, generators: dict) -> None:

@@ -43,9 +43,9 @@ def test_our_random_model_is_the_same_shape(random_llama):
 
 def test_the_script_races_and_writes_rows(tmp_path):
     arguments = ["--small", "--rounds", "1", "--new", "2", "--prompt", "8", "--only", "llamakern"]
-    command = [sys.executable, BENCHMARKS / "bench_generate.py", *arguments, "--json", tmp_path / "generate.json"]
+    command = [sys.executable, BENCHMARKS / "bench_generate.py", *arguments, "--json", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "generate.json").read_text())["rows"]
-    assert [row["shape"] for row in rows] == ["decode prompt=8", "prefill prompt=8"]
+    rows = json.loads((tmp_path / "generate_llama_cpp.json").read_text())["rows"]
+    assert [row["shape"] for row in rows] == ["small decode prompt=8", "small prefill prompt=8"]
     assert all(row["ms"]["llamakern"] > 0 and row["roofs"] for row in rows)

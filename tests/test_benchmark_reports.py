@@ -60,6 +60,18 @@ def test_quartiles_widen_what_is_noise(old):
     compare_with(old, noisy)
 
 
+def test_every_witness_is_heard_with_its_own_noise(old, capsys):
+    """The sure one says 1.10 and the unsure one 1.12, or 0.85 and 0.88: neither slower nor faster."""
+    for sure, unsure in ((1.10, 1.12), (0.85, 0.88)):
+        share, times = [s / sure for s in (0.495, 0.5, 0.505)], [t / unsure for t in (1.6, 2.0, 2.4)]
+        before = made_table(share=[0.495, 0.5, 0.505], times_ours={"theirs": [2.0, 2.0, 2.0]})
+        table.write_table(old / "nf4.json", before)
+        compare_with(old, made_table(share=share, times_ours={"theirs": times}))
+        assert "(1%)" in (shown := capsys.readouterr().out)
+        assert "(20%)" in shown
+        assert "faster" not in shown
+
+
 def test_rows_of_one_side_are_named(old, capsys):
     now = made_table(shape="two")
     now["machine"] = now["machine"] | {"torch": "3"}

@@ -285,8 +285,17 @@ def test_what_is_not_plain_is_decoded_by_its_modules():
     def mixed(model):
         model.layers[0].mlp.up_proj = NF4Linear.from_linear(nn.Linear(64, 96, bias=False), block_size=32)
 
+    def compiled(model):
+        model.layers[1].mlp.compile(backend="eager")
+
+    def given_a_forward(model):
+        model.layers[0].self_attn.forward = model.layers[0].self_attn.forward
+
+    def given_a_hidden(model):
+        model.hidden = model.hidden
+
     prompts = torch.randint(0, 37, (1, 4))
-    for change in (hooked, replaced, adapted, dense, biased, mixed):
+    for change in (hooked, replaced, adapted, dense, biased, mixed, compiled, given_a_forward, given_a_hidden):
         model = quantized()
         assert is_plain(model, model.new_cache(1, 2))
         change(model)

@@ -193,7 +193,8 @@ def test_every_parameter_gets_the_gradient_of_the_formulas(model):
         torch.testing.assert_close((p.grad.double() * direction).sum(), slope.double(), rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_checkpointing_changes_no_bit(model):
+def test_checkpointing_changes_no_bit(model, dtype):
+    model.to(dtype)
     tokens, labels = torch.randint(0, 37, (2, 9)), torch.randint(0, 37, (2, 9))
     grads = []
     for model.checkpoint_activations in (False, True):

@@ -106,9 +106,9 @@ def test_dropout_needs_training_and_follows_the_generator(base):
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_checkpointed_activations_give_the_same_gradients(base, dora):
+def test_checkpointed_activations_give_the_same_gradients(base, dora, dtype):
     def gradients(checkpoint):
-        model = wake(peft.apply(tiny(base), LoRAConfig(rank=4, dropout=0.5, dora=dora))).train()
+        model = wake(peft.apply(tiny(base).to(dtype), LoRAConfig(rank=4, dropout=0.5, dora=dora))).train()
         model.checkpoint_activations = checkpoint
         torch.manual_seed(5)
         model.loss(tokens(2, 9), tokens(2, 9)).backward()

@@ -1,5 +1,8 @@
 """What a backward keeps: outputs are made again instead, with the same bits, and never from what was overwritten."""
 
+import copy
+import io
+
 import pytest
 import torch
 from compare import assert_same_bits
@@ -70,7 +73,7 @@ def test_every_backward_makes_it_once_and_lets_it_go():
     made = []
     x, y, _ = inputs()
     h = ops.swiglu(x, y)
-    remake = h._llamakern_made_by[0]
+    remake = h._llamakern_made_by.remake
     fn = remake.fn
     remake.fn = lambda *t: made.append(1) or fn(*t)
     total = sum(f(h).float().sum() for f in linears()["nf4"])
@@ -115,6 +118,35 @@ def test_an_input_that_was_written_is_refused():
         gate.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+@pytest.mark.parametrize("note", [False, True])
+@pytest.mark.parametrize("of", ["dw", "da", "dw of a sum"])
+def test_double_backward_is_refused_and_never_loses_a_part(note, of):
+    """Also beside another way to u, where a missing history would only make the sum too small."""
+    u, _, weight = inputs(torch.float32)
+    w, a, b = (torch.randn(s, requires_grad=True) for s in ((N, K), (R, K), (N, R)))
+    x = ops.rms_norm(u, weight, eps=1e-5)
+    y = ops.lora_linear(x if note else x.view_as(x), w, a, b, scale=0.5)
+    total = y.sum() if of == "dw of a sum" else y.square().sum()
+    (g,) = torch.autograd.grad(total, a if of == "da" else w, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(g.square().sum() + u.sum(), u)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_note_is_not_saved(weights_only):
+    x, y, _ = inputs()
+    h, file = ops.swiglu(x, y), io.BytesIO()
+    torch.save(h, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=weights_only)
+    leaf = copy.deepcopy(h.detach_().requires_grad_())
+    for other in (loaded, leaf):
+        assert_same_bits(other.detach(), h.detach())
+        f = linears()["nf4"][0]
+        want = torch.autograd.grad(f(h).float().square().sum(), h)[0]
+        assert_same_bits(torch.autograd.grad(f(other).float().square().sum(), other)[0], want)
 
 
 def test_bytes_that_a_block_keeps():

@@ -109,6 +109,14 @@ def test_checkpointed_activations_change_nothing():
         assert torch.equal(a, b), name
 
 
+def test_sharded_parameters_leave_the_kind_of_adamw_to_torch():
+    """fused=False would forbid foreach too."""
+    t = trainer()
+    assert t.optimizer.defaults["fused"]
+    next(iter(t.trainable.values())).full_tensor = None
+    assert t.make_optimizer().defaults["fused"] is None
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
     t = trainer(out=tmp_path, epochs=5, save_every=100)
     good, loss, calls = {}, t.loss, []

@@ -1,7 +1,7 @@
 """Benchmarks, honest in every number: `llamakern bench`, and the scripts of benchmarks/ in a checkout.
 
-Each case races an op against the best that others offer, in one process, and checks the result in the same run. What
-the machine could do at most is measured between the turns. How to read a line: docs/benchmarks.md.
+Each case races an op against the best that others offer, in one process, and a row with an error has checked ours in
+the same run. What the machine could do at most is measured between the turns. How to read a line: docs/benchmarks.md.
 """
 
 from llamakern.bench.cases import DTYPES as DTYPES

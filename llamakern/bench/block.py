@@ -3,6 +3,7 @@
 import torch
 
 from llamakern.bench.cases import Case
+from llamakern.bench.clock import relative_error
 from llamakern.bench.models import random_model
 from llamakern.config import LlamaConfig
 from llamakern.decoding import decoder
@@ -13,27 +14,36 @@ COLD = 256 << 20  # bytes of blocks that take turns: no cache holds them
 
 def rows(table, label, dtype, *, C, H, Hkv, FFN, S, B=1):
     kv = Hkv * C // H
-    bytes_each = C * (2 * C + 2 * kv + 3 * FFN) * 9 // 16 + B * 2 * kv * S * dtype.itemsize
+    parameters = C * (2 * C + 2 * kv + 3 * FFN)
+    bytes_each = parameters * 9 // 16 + B * 2 * kv * S * dtype.itemsize
     layers = max(2, -(-COLD // bytes_each))
     config = LlamaConfig(dim=C, n_layers=layers, n_heads=H, n_kv_heads=Hkv, hidden_dim=FFN, vocab_size=8)
     model = random_model(config, dtype, nf4=True).eval().requires_grad_(False)
     cache, tokens = model.new_cache(B, S), torch.zeros(B, dtype=torch.int64)
+    for t in cache.k + cache.v:
+        t.normal_()
     contestants = {
         "ours": running(decoder(model, cache), cache, tokens),
-        "its ops": running(lambda tokens: model.hidden(tokens[:, None], cache=cache), cache, tokens),
+        "its ops": running(lambda tokens: model.hidden(tokens[:, None], cache=cache)[:, -1], cache, tokens),
     }
-    flops = 2 * B * (bytes_each * 16 // 9)
-    table.row(f"{label} x{layers}", contestants, flops=layers * flops, bytes_moved=layers * bytes_each, dtype=dtype)
+    table.row(
+        f"{label} x{layers}",
+        contestants,
+        flops=layers * B * (2 * parameters + 4 * S * C),
+        bytes_moved=layers * bytes_each,
+        error=relative_error(*(run() for run in contestants.values())),
+        dtype=dtype,
+    )
 
 
 def running(step, cache: KVCache, tokens: torch.Tensor):
-    """One token through all blocks, at the last place of the cache."""
+    """One token through all blocks, at the last place of the cache, to what lm_head would see."""
 
     def run():
         with torch.inference_mode():
             cache.used = cache.k[0].shape[1] - 1
             cache.lengths.fill_(cache.used)
-            step(tokens)
+            return step(tokens)
 
     return run
 

@@ -51,11 +51,14 @@ def quartiles(values: list[float]) -> list[float]:
     return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
 
 
+MOST = 256  # values that take turns: smaller ones than fill the cache so often are found in it
+
+
 class Rotating:
-    """Hands out one of several equal-sized values in turn: more of them than a cache holds keeps each use cold."""
+    """Hands out one of several equal-sized values in turn: twice what a cache holds keeps each use cold."""
 
     def __init__(self, make: Callable, *, bytes_each: int, cache: int = CACHE):
-        self.values = [make() for _ in range(max(1, min(16, 2 * cache // max(1, bytes_each))))]
+        self.values = [make() for _ in range(max(1, min(MOST, -(-2 * cache // max(1, bytes_each)))))]
         self.next = 0
 
     def __call__(self):

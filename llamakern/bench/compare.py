@@ -29,7 +29,7 @@ def compare_with(place: Path, new: dict) -> None:
             print(f"{fact}: {before} before, {new['machine'].get(fact)} now")
     rows = {row["shape"]: row for row in new["rows"]}
     earlier = {row["shape"]: row for row in old["rows"]}
-    print(f"{'time now over time before':44s} {'least':>7} {'noise':>7}  each witness, and milliseconds")
+    print(f"{'time now over time before':44s} {'least':>7}  each witness (its noise), and milliseconds")
     slower = [name for name, row in rows.items() if name in earlier and judge(name, earlier[name], row)]
     for name in earlier.keys() - rows.keys():
         print(f"{name:44s} only before")
@@ -44,12 +44,13 @@ def judge(name: str, old: dict, new: dict) -> bool:
     changes = {witness: (after / before, spread) for witness, before, after, spread in witnesses(old, new)}
     plain = next(iter(new["ms"].values())) / next(iter(old["ms"].values()))
     changes = changes or {"milliseconds": (plain, UNKNOWN)}
-    least, noise = min(changes.values())
-    allowed = TOLERANCE + noise
-    verdict = "slower" if least > 1 + allowed else "faster" if max(changes.values())[0] < 1 / (1 + allowed) else ""
-    said = ", ".join(f"{witness} {change:.2f}" for witness, (change, _) in changes.items())
-    print(f"{name:44s} {least:6.2f}x {allowed:6.0%}  {said}, ms {plain:.2f}  {verdict}".rstrip())
-    return verdict == "slower"
+    slower = all(change > 1 + TOLERANCE + noise for change, noise in changes.values())
+    faster = all(change < 1 / (1 + TOLERANCE + noise) for change, noise in changes.values())
+    verdict = "slower" if slower else "faster" if faster else ""
+    said = ", ".join(f"{witness} {change:.2f} ({noise:.0%})" for witness, (change, noise) in changes.items())
+    least = min(change for change, _ in changes.values())
+    print(f"{name:44s} {least:6.2f}x  {said}, ms {plain:.2f}  {verdict}".rstrip())
+    return slower
 
 
 def witnesses(old: dict, new: dict):

@@ -14,7 +14,6 @@ from llamakern.bench import rivals
 from llamakern.bench.cases import Case
 from llamakern.bench.clock import Rotating, relative_error
 from llamakern.bench.models import random_nf4
-from llamakern.nn import large_pages_
 from llamakern.ops.nf4 import nf4_dequantize_reference, nf4_linear_reference
 
 LAYERS = {
@@ -33,8 +32,12 @@ def packed_bytes(N: int, K: int) -> int:
 def random_packed(N: int, K: int, *, double_quant: bool = False) -> dict:
     """A weight as a loaded model holds it: what every nf4 op wants to know of it."""
     layer = random_nf4(K, N, double_quant)
-    large_pages_(layer)
+    rivals.in_large_pages(layer.weight.data)
     return {name: part.detach() if torch.is_tensor(part) else part for name, part in layer.packed.items()}
+
+
+def random_dense(N: int, K: int, dtype: torch.dtype) -> torch.Tensor:
+    return rivals.in_large_pages(torch.empty(N, K, dtype=dtype).normal_(std=0.02))
 
 
 @lru_cache(maxsize=1)
@@ -43,7 +46,7 @@ def weights(N: int, K: int, dtype: torch.dtype):
     return (
         Rotating(lambda: random_packed(N, K), bytes_each=packed_bytes(N, K)),
         Rotating(lambda: random_packed(N, K, double_quant=True), bytes_each=packed_bytes(N, K)),
-        Rotating(lambda: torch.empty(N, K, dtype=dtype).normal_(std=0.02), bytes_each=N * K * dtype.itemsize),
+        Rotating(lambda: random_dense(N, K, dtype), bytes_each=N * K * dtype.itemsize),
         rivals.bitsandbytes_layers(N, K, dtype, training=False),
         rivals.bitsandbytes_layers(N, K, dtype, training=True),
     )

@@ -6,6 +6,13 @@ import importlib.util
 import torch
 
 from llamakern.bench.clock import Rotating
+from llamakern.ops.nf4 import large_pages_
+
+
+def in_large_pages(weight: torch.Tensor) -> torch.Tensor:
+    """The weight itself, moved into large pages as those of a loaded model are: pages decide no race."""
+    large_pages_(weight)
+    return weight
 
 
 def bitsandbytes_layers(N: int, K: int, dtype: torch.dtype, *, training: bool) -> Rotating | str:
@@ -27,6 +34,7 @@ def bitsandbytes_layers(N: int, K: int, dtype: torch.dtype, *, training: bool) -
     with torch.no_grad():
         for each in layers.values:
             each(torch.zeros(1, K, dtype=dtype))
+            in_large_pages(each.weight.data)
     return layers
 
 

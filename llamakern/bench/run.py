@@ -34,6 +34,10 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"bench: {flag} must be a folder for {len(wanted)} tables, got {place}")
     if (arguments.shape or arguments.dtype) and len(wanted) > 1:
         raise ValueError(f"bench: shape and dtype must go with one op, got {len(wanted)}")
+    if arguments.shape and wanted[0] in WHOLE:
+        raise ValueError(f"bench: shape must go with an op, got {wanted[0]}")
+    if arguments.dtype and not arguments.shape and wanted[0] not in WHOLE:
+        raise ValueError(f"bench: dtype must go with a shape, step or generate, got {wanted[0]}")
     chosen = [(what, None if what in WHOLE else cases(what)) for what in wanted]
     slower = []
     for what, found in chosen:
@@ -56,6 +60,10 @@ def fill(arguments: argparse.Namespace, what: str, found, dtype: torch.dtype) ->
         return table
     room, some = found
     if arguments.shape:
+        some = some if len(some) == 1 else [case for case in some if case.op == what]  # attention is a room and an op
+        if not some:
+            known = ", ".join(case.op for case in found[1])
+            raise ValueError(f"bench: shape must go with one of {known}, got {what}")
         table = Table(room, arguments)
         some[0].run_shape(table, parse_shape(arguments.shape), dtype)
         return table

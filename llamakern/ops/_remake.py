@@ -5,8 +5,12 @@ was made; a linear that would keep it keeps those inputs in its place, which cos
 again, once for all the linears that read it. Same op, same inputs: equal bits.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from llamakern.ops._door import once
 
 NOTE = "_llamakern_made_by"
 
@@ -28,10 +32,21 @@ class Remake:
         return value
 
 
+class Note(NamedTuple):
+    """How an output was made: it is remake(*inputs) while the tensors have those versions, its own the first."""
+
+    remake: Remake
+    inputs: tuple[Tensor | None, ...]
+    versions: list[int | None]
+
+    def __reduce__(self):
+        return set, ()  # a file or a deep copy has no note; torch.load takes a set from any file
+
+
 def note(output: Tensor, fn, *inputs: Tensor | None) -> Tensor:
     """Notes on `output` that it is fn(*inputs), which records no gradient. Returns it."""
     if type(output) is Tensor and output.requires_grad and not torch.compiler.is_compiling():
-        setattr(output, NOTE, (Remake(fn), inputs, versions(output, *inputs)))
+        setattr(output, NOTE, Note(Remake(fn), inputs, versions(output, *inputs)))
     return output
 
 
@@ -42,15 +57,16 @@ def versions(*tensors: Tensor | None) -> list[int | None]:
 def keep(x: Tensor) -> tuple[tuple[Tensor | None, ...], Remake | None]:
     """What a backward that reads x shall keep, and what makes x of it; x itself and None where nobody noted that."""
     made = getattr(x, NOTE, None)
-    if made is None:
+    if type(made) is not Note or versions(x, *made.inputs) != made.versions:  # none, or something was written since
         return (x,), None
-    remake, inputs, then = made
-    if versions(x, *inputs) != then:  # something was written since
-        return (x,), None
-    remake.users += 1
-    return inputs, remake
+    made.remake.users += 1
+    return made.inputs, made.remake
 
 
 def again(kept: list[Tensor | None], remake: Remake | None) -> Tensor:
     """x from what `keep` gave."""
-    return kept[0] if remake is None else remake(*kept)
+    return kept[0] if remake is None else _made(remake, *kept)
+
+
+# Made without history: a second derivative through it would be lost, and is refused.
+_made = once("backward of a linear", lambda remake, *kept: remake(*kept))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamakern.ops._door import autocast_dtype, backward_op, differentiable, wants_grad
+from llamakern.ops._door import autocast_dtype, backward_op, differentiable, once, wants_grad
 from llamakern.ops._remake import again, keep
 from llamakern.ops.nf4 import _shape, bias_gradient, nf4_linear_reference, scaled, tokens
 
@@ -39,8 +39,10 @@ def lora_linear(
 
     x and w are float32, bfloat16 or float16; lora_a and lora_b both have that dtype or are both float32. Gradients flow
     to every tensor that requires one, w included. With B = 0 the result is F.linear(x, w, bias), bit for bit; else, for
-    many tokens, base and adapter are one reduction (see FUSED). The same seed gives the same dropout mask. Under
-    autocast x and w take autocast's dtype. Raises ValueError for shapes and values, TypeError for dtypes.
+    many tokens, base and adapter are one reduction (see FUSED): a row may then differ in its last bits from the
+    same row in a batch that was cut otherwise. Compiled graphs and torch.func always take torch's linear for the base,
+    whatever the number of tokens. The same seed gives the same dropout mask. Under autocast x and w take autocast's
+    dtype. Raises ValueError for shapes and values, TypeError for dtypes.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -55,8 +57,8 @@ def lora_linear(
         # torch's own routine: the frozen base keeps its bits. The gradients of x and w are those of the op below.
         base = F.linear(x, w, bias) if call is _raw else F.linear(x.detach(), w.detach(), bias)
         # An element of base may leave float16's range where y does not: then it is computed again, with this bias.
-        again = bias.detach() if bias is not None and x.dtype == torch.float16 else None
-        return call(base, x, w, lora_a, lora_b, again, seed, scale, dropout)[0]
+        rounded = bias.detach() if bias is not None and x.dtype == torch.float16 else None
+        return call(base, x, w, lora_a, lora_b, rounded, seed, scale, dropout)[0]
 
     return scaled("lora_linear", linear, x, bias, in_scale, out_scale, w, lora_a, lora_b)
 
@@ -231,11 +233,14 @@ def _backward(ctx, dy, _dh):
     return dy if ctx.needs_input_grad[0] else None, dx if want_dx else None, dw, da, db, dbias, None, None, None
 
 
-def _weight_gradient(dy, x):
+def _dw(dy, x):
     """dyᵀ x by torch's own matmul, as the base of the forward; its bits may depend on the number of threads."""
     if x.dtype == torch.float16 and x.device.type == "cpu":  # where torch's takes ten times as long as in float32
         return (dy.float().mT @ x.float()).to(x.dtype)
     return dy.mT @ x
+
+
+_weight_gradient = once("lora_linear_backward", _dw)
 
 
 def _setup_context_nf4(ctx, inputs, output):
