@@ -21,13 +21,14 @@ def inputs(dtype=torch.bfloat16):
 
 
 def linears(dtype=torch.bfloat16):
-    """Three linears with LoRA, as q, k and v."""
+    """Three linears with LoRA, as q, k and v, over each kind of base, and their adapters."""
     generator = torch.Generator().manual_seed(1)
     adapters = [[torch.randn(*s, generator=generator, requires_grad=True) for s in ((R, K), (N, R))] for _ in range(3)]
     w = torch.randn(N, K, generator=generator)
     packed, dense = ops.nf4_quantize(w), w.to(dtype)
     nf4 = [lambda x, a=a, b=b: ops.nf4_lora_linear(x, *packed, a, b, scale=0.5) for a, b in adapters]
-    return {"nf4": nf4, "dense": [lambda x, a=a, b=b: ops.lora_linear(x, dense, a, b, scale=0.5) for a, b in adapters]}
+    over_dense = [lambda x, a=a, b=b: ops.lora_linear(x, dense, a, b, scale=0.5) for a, b in adapters]
+    return {"nf4": nf4, "dense": over_dense, "adapters": [t for pair in adapters for t in pair]}
 
 
 SOURCES = {
@@ -52,12 +53,12 @@ def kept_storages(run):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_not_kept_and_the_same_bits(source, kind, dtype):
     def gradients(note):
-        leaves = inputs(dtype)
+        leaves, made = inputs(dtype), linears(dtype)
         h = SOURCES[source](*leaves)
         total, found = kept_storages(
-            lambda: sum(f(h if note else h.view_as(h)).float().square().sum() for f in linears(dtype)[kind])
+            lambda: sum(f(h if note else h.view_as(h)).float().square().sum() for f in made[kind])
         )
-        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        grads = torch.autograd.grad(total, [*leaves, *made["adapters"]], allow_unused=True)
         return grads, h.untyped_storage().data_ptr() in found
 
     (noted, kept), (plain, kept_plain) = gradients(True), gradients(False)
@@ -98,13 +99,14 @@ def test_a_part_of_the_graph_first():
 
 def test_an_output_that_was_written_is_kept_itself():
     x, y, _ = inputs()
-    f = linears()["nf4"][0]
+    made = linears()
+    f, wanted = made["nf4"][0], (x, y, *made["adapters"][:2])
     h = ops.swiglu(x, y)
     with torch.no_grad():
         h.add_(1)
-    grads = torch.autograd.grad(f(h).float().square().sum(), (x, y))
+    grads = torch.autograd.grad(f(h).float().square().sum(), wanted)
     other = ops.swiglu(x, y)
-    want = torch.autograd.grad(f((other.detach() + 1) + (other - other.detach())).float().square().sum(), (x, y))
+    want = torch.autograd.grad(f((other.detach() + 1) + (other - other.detach())).float().square().sum(), wanted)
     for a, b in zip(grads, want, strict=True):
         torch.testing.assert_close(a, b)
 
