@@ -211,7 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTen
                              .dy = heads<const T>(dy_, door),
                              .lse = cptr<float>(lse_),
                              .dlse = cptr<float>(dlse_),
-                             .in = attended<T>(door, call)}, q);
+                             .in = attended<T>(door, call)},
+        q);
   });
   return {dq, dk, dv};
 }
@@ -302,7 +303,8 @@ void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
                        .B = B,
                        .T_ = T_,
                        .Hkv = Hkv,
-                       .D = D}, k_cache);
+                       .D = D},
+        k_cache);
   });
 }
 

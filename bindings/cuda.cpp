@@ -1,4 +1,5 @@
-// torch's current CUDA stream. Only libtorch_cuda knows it, which a CPU build of torch lacks: looked up when first used.
+// torch's current CUDA stream. Only libtorch_cuda knows it, which a CPU build of torch lacks: looked up when first
+// used.
 #ifdef LK_CUDA
 #include <dlfcn.h>
 
@@ -13,7 +14,8 @@ cuda::Stream current_cuda_stream(int32_t device) {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
     return library ? reinterpret_cast<Find>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  if (!find) throw std::runtime_error("llamakern: this torch has no CUDA; install a CUDA build of torch for GPU tensors");
+  if (!find)
+    throw std::runtime_error("llamakern: this torch has no CUDA; install a CUDA build of torch for GPU tensors");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(find(device, &stream));
   return stream;
@@ -41,4 +43,26 @@ HostWorkspace::~HostWorkspace() {
 }
 
 }  // namespace llamakern::cuda
+#endif
+#ifdef LK_HOST_CUDA
+#include <map>
+#include <memory>
+#include <mutex>
+namespace host {
+static std::mutex lock;
+static std::map<const char*, std::pair<size_t, std::unique_ptr<Buffer>>> known;
+void forget(const void* p) {
+  std::lock_guard g(lock);
+  known.erase((const char*)p);
+}
+void remember(const void* p, size_t n, const char* name) {
+  std::lock_guard g(lock);
+  const char* at = (const char*)p;
+  auto same = known.find(at);
+  if (same != known.end() && same->second.first == n) return;
+  for (auto i = known.begin(); i != known.end();)
+    i = i->first < at + n && at < i->first + i->second.first ? known.erase(i) : std::next(i);
+  if (n) known[at] = {n, std::make_unique<Buffer>(p, n, name)};
+}
+}  // namespace host
 #endif

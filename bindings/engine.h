@@ -38,8 +38,8 @@ inline bool readable(const Tensor& t) { return !t.is_cuda(); }
 
 // The kernels of a room, for both engines:   LK_REGISTER(m) { LK_IMPL(m, "rope", rope); ... }
 #ifdef LK_CUDA
-#define LK_REGISTER(m)                                                  \
-  static void register_kernels(torch::stable::detail::StableLibrary&);  \
+#define LK_REGISTER(m)                                                   \
+  static void register_kernels(torch::stable::detail::StableLibrary&);   \
   STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) { register_kernels(m); }  \
   STABLE_TORCH_LIBRARY_IMPL(llamakern, CUDA, m) { register_kernels(m); } \
   static void register_kernels(torch::stable::detail::StableLibrary& m)

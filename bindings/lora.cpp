@@ -78,7 +78,8 @@ Two lora_linear(MaybeTensor base_, const Tensor& x_, const Tensor& w_, const Ten
                          .lora = adapter.get<P>(),
                          .M = x.M,
                          .N = N,
-                         .K = K}, x_);
+                         .K = K},
+        x_);
   });
   return {y, h};
 }
@@ -101,7 +102,8 @@ Two nf4_lora_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax
                             .w = w.matrix,
                             .bias = either<T>(bias),
                             .lora = adapter.get<P>(),
-                            .M = x.M}, x_);
+                            .M = x.M},
+        x_);
   });
   return {y, h};
 }

@@ -45,7 +45,8 @@ void launch(const char* op, const std::optional<Tensor>& loss, const std::option
                               .w_row = w.stride,
                               .M = h.M,
                               .C = h_.size(-1),
-                              .V = w_.size(0)}, h_);
+                              .V = w_.size(0)},
+        h_);
   });
 }
 

@@ -53,7 +53,8 @@ Two normed(const char* op, const Tensor& x_, const std::optional<Tensor>& residu
                       .residual_row = residual ? residual->stride : 0,
                       .eps = float(eps),
                       .M = x.M,
-                      .C = x_.size(-1)}, x_);
+                      .C = x_.size(-1)},
+        x_);
   });
   return {y, s};
 }
@@ -99,7 +100,8 @@ Two rms_norm_backward(const Tensor& dy_, std::optional<Tensor> ds_, const Tensor
                               .s_row = s.stride,
                               .eps = float(eps),
                               .M = s.M,
-                              .C = s_.size(-1)}, s_);
+                              .C = s_.size(-1)},
+        s_);
   });
   return {dx, dweight};
 }

@@ -73,7 +73,8 @@ Tensor turn(const char* op, const char* name, const Tensor& x_, const Angles& an
                 .B = B,
                 .T_ = T_,
                 .H = H,
-                .D = D}, x);
+                .D = D},
+        x);
   });
   return y;
 }

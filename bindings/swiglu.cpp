@@ -27,7 +27,8 @@ Tensor swiglu(const Tensor& gate_, const Tensor& up_) {
                   .gate_row = gate.stride,
                   .up_row = up.stride,
                   .M = gate.M,
-                  .F = gate_.size(-1)}, gate_);
+                  .F = gate_.size(-1)},
+        gate_);
   });
   return y;
 }
@@ -50,7 +51,8 @@ Two swiglu_backward(const Tensor& dy_, const Tensor& gate_, const Tensor& up_) {
                           .gate_row = gate.stride,
                           .up_row = up.stride,
                           .M = gate.M,
-                          .F = gate_.size(-1)}, gate_);
+                          .F = gate_.size(-1)},
+        gate_);
   });
   return {dgate, dup};
 }

@@ -91,6 +91,8 @@ Launch<P...> launch(const char* name, void (*kernel)(P...), dim3 blocks, dim3 th
 }
 
 // Global memory that kernels may touch while this object lives. With none registered, bounds are not checked.
+void remember(const void* data, size_t bytes, const char* name);
+void forget(const void* data);
 struct Buffer {
   Buffer(const void* data, size_t bytes, const char* name);
   ~Buffer();

@@ -15,12 +15,13 @@
 
 // LK_LAUNCH(kernel, grid, block, shared_bytes, stream)(arguments);   LK_DYNAMIC_SHARED(Storage, s);  s.tile[...]
 #ifdef __CUDACC__
-#define LK_LAUNCH(kernel, grid, block, shared_bytes, stream) kernel<<<grid, block, shared_bytes, stream>>>
+#define LK_LAUNCH(kernel, grid, block, shared_bytes, stream) kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>
 #define LK_DYNAMIC_SHARED(Type, name)                             \
   extern __shared__ __align__(128) unsigned char dynamic_bytes[]; \
   Type& name = *reinterpret_cast<Type*>(dynamic_bytes)
 #else
-#define LK_LAUNCH(kernel, grid, block, shared_bytes, stream) host::launch(#kernel, kernel, grid, block, shared_bytes)
+#define LK_LAUNCH(kernel, grid, block, shared_bytes, stream) \
+  ((void)(stream), host::launch(#kernel, kernel, grid, block, shared_bytes))
 #define LK_DYNAMIC_SHARED(Type, name) Type& name = *static_cast<Type*>(host::dynamic_shared(sizeof(Type)))
 #endif
 
