@@ -37,15 +37,15 @@ void atomic_store(uint32_t* p, uint32_t value) {
 
 }  // namespace host
 
-#define HOST_ATOMIC(T, name, formula)                      \
-  T name(T* to, T value) {                                 \
+#define HOST_ATOMIC(T, name, formula)                                                         \
+  T name(T* to, T value) {                                                                    \
     return host::change(to, HOST_SITE, [&]([[maybe_unused]] T old) -> T { return formula; }); \
   }
-#define HOST_ATOMIC_INTEGER(T)                          \
-  HOST_ATOMIC(T, atomicMin, std::min(old, value))       \
-  HOST_ATOMIC(T, atomicMax, std::max(old, value))       \
-  HOST_ATOMIC(T, atomicAnd, old & value)                \
-  HOST_ATOMIC(T, atomicOr, old | value)                 \
+#define HOST_ATOMIC_INTEGER(T)                    \
+  HOST_ATOMIC(T, atomicMin, std::min(old, value)) \
+  HOST_ATOMIC(T, atomicMax, std::max(old, value)) \
+  HOST_ATOMIC(T, atomicAnd, old& value)           \
+  HOST_ATOMIC(T, atomicOr, old | value)           \
   HOST_ATOMIC(T, atomicXor, old ^ value)
 #define HOST_ATOMIC_WORD(T)                                                                        \
   HOST_ATOMIC(T, atomicExch, value)                                                                \

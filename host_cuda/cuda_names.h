@@ -61,7 +61,8 @@ HOST_INLINE T reduce(const char* operation, unsigned mask, T value, F) {
 }
 
 HOST_INLINE unsigned vote(const char* operation, unsigned mask, bool mine) {
-  return reduce(operation, mask, unsigned(mine) << lane_index(), [](unsigned a, unsigned b) HOST_UNCHECKED { return a | b; });
+  return reduce(operation, mask, unsigned(mine) << lane_index(),
+                [](unsigned a, unsigned b) HOST_UNCHECKED { return a | b; });
 }
 
 }  // namespace host
@@ -108,14 +109,14 @@ HOST_INLINE unsigned __match_any_sync(unsigned mask, T value) {
   return mine.result;
 }
 
-#define HOST_REDUCE(name, T, formula) \
-  HOST_INLINE T name(unsigned mask, T value) { \
+#define HOST_REDUCE(name, T, formula)                                                              \
+  HOST_INLINE T name(unsigned mask, T value) {                                                     \
     return host::reduce(#name, mask, value, [](T a, T b) HOST_UNCHECKED -> T { return formula; }); \
   }
 HOST_REDUCE(__reduce_add_sync, unsigned, a + b)
 HOST_REDUCE(__reduce_min_sync, unsigned, a < b ? a : b)
 HOST_REDUCE(__reduce_max_sync, unsigned, a > b ? a : b)
-HOST_REDUCE(__reduce_and_sync, unsigned, a & b)
+HOST_REDUCE(__reduce_and_sync, unsigned, a& b)
 HOST_REDUCE(__reduce_or_sync, unsigned, a | b)
 HOST_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 HOST_REDUCE(__reduce_add_sync, int, int(unsigned(a) + unsigned(b)))
@@ -232,15 +233,15 @@ HOST_INLINE float __uint2float_rn(unsigned x) { return float(x); }
 // ---- loads and stores with a hint -----------------------------------------------------------------------------------
 
 // Which cache keeps what is nothing that this harness could tell.
-#define HOST_LOAD(name)                \
-  template <typename T>                \
+#define HOST_LOAD(name)               \
+  template <typename T>               \
   HOST_INLINE T name(const T* from) { \
-    return *from;                      \
+    return *from;                     \
   }
-#define HOST_STORE(name)                        \
-  template <typename T>                         \
+#define HOST_STORE(name)                         \
+  template <typename T>                          \
   HOST_INLINE void name(T* to, const T& value) { \
-    *to = value;                                \
+    *to = value;                                 \
   }
 HOST_LOAD(__ldg)
 HOST_LOAD(__ldca)

@@ -1,14 +1,20 @@
 // CUDA's short vectors, with CUDA's alignments, and their make_ functions.
 #pragma once
 
-#define HOST_VECTOR2(name, T, alignment)                            \
-  struct __attribute__((aligned(alignment))) name { T x, y; };     \
+#define HOST_VECTOR2(name, T, alignment)            \
+  struct __attribute__((aligned(alignment))) name { \
+    T x, y;                                         \
+  };                                                \
   inline name make_##name(T x, T y) { return {x, y}; }
-#define HOST_VECTOR3(name, T)                                      \
-  struct name { T x, y, z; };                                      \
+#define HOST_VECTOR3(name, T) \
+  struct name {               \
+    T x, y, z;                \
+  };                          \
   inline name make_##name(T x, T y, T z) { return {x, y, z}; }
-#define HOST_VECTOR4(name, T, alignment)                            \
-  struct __attribute__((aligned(alignment))) name { T x, y, z, w; }; \
+#define HOST_VECTOR4(name, T, alignment)            \
+  struct __attribute__((aligned(alignment))) name { \
+    T x, y, z, w;                                   \
+  };                                                \
   inline name make_##name(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 HOST_VECTOR2(char2, signed char, 2)

@@ -185,7 +185,8 @@ void Machine::wait_for(const char* what) {
     if (Fiber* const other = next(self, true)) {
       now = other;
       now->waits = nullptr;
-      return now == &self ? void() : host_switch(&self.top, now->top);  // a tail call: each return would be mispredicted
+      return now == &self ? void()
+                          : host_switch(&self.top, now->top);  // a tail call: each return would be mispredicted
     }
   } while (land_bulk_copy());  // they take as long as they may: until nobody can go on without them
   if (returned == threads) host_switch(&self.top, main_top);

@@ -61,7 +61,8 @@ struct Launch {
          reinterpret_cast<const void*>(kernel)});
   }
 };
-// kernel<<<blocks, threads, shared_bytes>>>(parameters) is launch("kernel", kernel, blocks, threads, bytes)(parameters).
+// kernel<<<blocks, threads, shared_bytes>>>(parameters) is launch("kernel", kernel, blocks, threads,
+// bytes)(parameters).
 template <typename... P>
 Launch<P...> launch(const char* name, void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared_bytes) {
   return {name, kernel, blocks, threads, shared_bytes};
@@ -69,15 +70,17 @@ Launch<P...> launch(const char* name, void (*kernel)(P...), dim3 blocks, dim3 th
 
 // ---- memory that kernels may touch ----------------------------------------------------------------------------------
 
-// While any buffer is registered, global memory outside the registered ones is out of bounds, except constants; while none
-// is, global memory is not watched at all. Where ranges overlap, the later one counts. All of this is thread-safe.
+// While any buffer is registered, global memory outside the registered ones is out of bounds, except constants; while
+// none is, global memory is not watched at all. Where ranges overlap, the later one counts. Any OS thread may call
+// these.
 struct Buffer {  // for as long as this object lives
   Buffer(const void* data, size_t bytes, const char* name);
   ~Buffer();
   Buffer(const Buffer&) = delete;
   const void* data;
 };
-void remember(const void* data, size_t bytes, const char* name);  // until forgotten, or another one takes its place
+// A whole allocation, until it is forgotten, or until another one overlaps it: then it was freed meanwhile.
+void remember(const void* data, size_t bytes, const char* name);
 void forget(const void* data);
 
 // What HOST_CUDA_REPORT=banks,coalescing asked for, so far; it is printed at the end of the process as well.
@@ -121,8 +124,8 @@ void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes);
 void mbarrier_wait(uint64_t* barrier, int parity);
 void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier);
 
-// The lanes of `mask` meet here. The last one to arrive runs `meaning`, which sees what every lane brought and writes each
-// lane's result in place; then all go on. Lanes that meet with different operations are an error.
+// The lanes of `mask` meet here. The last one to arrive runs `meaning`, which sees what every lane brought and writes
+// each lane's result in place; then all go on. Lanes that meet with different operations are an error.
 using Meaning = void (*)(void* const* lane, unsigned mask);
 void meet(const char* operation, unsigned mask, void* mine, Meaning meaning);
 

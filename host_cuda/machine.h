@@ -116,8 +116,8 @@ struct Region {
   std::string name;
   Kind kind;
   Shadow shadow;
-  uintptr_t data;  // of the buffer it is a part of
-  size_t bytes;    // of that buffer
+  uintptr_t data;                                            // of the buffer it is a part of
+  size_t bytes;                                              // of that buffer
   uintptr_t origin() const { return data & ~uintptr_t{3}; }  // where the shadow begins
 };
 
@@ -180,7 +180,8 @@ struct Machine {  // one for each OS thread
   Fiber* any();
 };
 
-// The machine whose fiber is running, from the address of its stack: no thread_local, whose address costs a call in a .so.
+// The machine whose fiber is running, from the address of its stack: no thread_local, whose address costs a call in a
+// .so.
 HOST_HIDDEN extern uintptr_t arena;
 HOST_HIDDEN extern Machine* machines[kMaxMachines];
 HOST_HIDDEN extern bool checks;
@@ -204,7 +205,8 @@ void order_atomic(uintptr_t p);
 inline bool ordered(const Machine& m, uint64_t a) {
   if (serial_of(a) == m.serial) {
     const int thread = thread_of(a), w = m.now->warp, v = thread / 32;
-    if (thread == m.now->number || (v == w ? clock_of(a) < m.warp[w].synced : clock_of(a) <= m.clock[w][v])) return true;
+    if (thread == m.now->number || (v == w ? clock_of(a) < m.warp[w].synced : clock_of(a) <= m.clock[w][v]))
+      return true;
   } else if (serial_of(a) < m.first_serial) {  // an earlier launch
     return true;
   }
@@ -225,7 +227,7 @@ bool constant_region(uintptr_t p, Region&);
 
 // report.cpp
 [[noreturn]] void fail_launch(const std::string& what);  // throws
-[[noreturn]] void fault(const char* format, ...);  // "kind: what happened"
+[[noreturn]] void fault(const char* format, ...);        // "kind: what happened"
 std::string describe(uint64_t access);
 std::string where(uintptr_t pc);
 std::vector<std::string> where(const std::vector<uintptr_t>& pcs);

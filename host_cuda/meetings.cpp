@@ -19,8 +19,8 @@ void meet(const char* operation, unsigned mask, void* mine, Meaning meaning) {
   if (const unsigned others = w.meeting & mask) {
     const Fiber& other = m.fibers[32 * f.warp + __builtin_ctz(others)];
     if (other.mask != mask || (other.waits != operation && std::strcmp(other.waits, operation) != 0)) {
-      fault("divergent warp: lane %d is at %s with mask 0x%08x, lane %d at %s with mask 0x%08x", f.lane, operation, mask,
-            other.lane, other.waits, other.mask);
+      fault("divergent warp: lane %d is at %s with mask 0x%08x, lane %d at %s with mask 0x%08x", f.lane, operation,
+            mask, other.lane, other.waits, other.mask);
     }
   }
   w.meeting |= bit;

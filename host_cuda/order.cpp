@@ -1,7 +1,7 @@
 // What happened before what: the clocks of warps, and how fences and atomics carry them to other threads and blocks.
 //
-// A warp's time goes on at each synchronisation. clock[w][v] is the time of warp v up to which warp w knows all that was
-// done. Barriers join these clocks. Between blocks there is one way: a thread fences and then updates an atomic (a
+// A warp's time goes on at each synchronisation. clock[w][v] is the time of warp v up to which warp w knows all that
+// was done. Barriers join these clocks. Between blocks there is one way: a thread fences and then updates an atomic (a
 // release), another thread updates or reads that atomic later and fences (an acquire), and now knows what the first one
 // knew at its fence.
 #include "machine.h"
@@ -15,7 +15,7 @@ struct Release {
   std::vector<Seen> learned;  // from others, before
 };
 
-struct Variable {  // guarded by the launch's mutex
+struct Variable {                 // guarded by the launch's mutex
   std::vector<Release> releases;  // grows only; of atomics on it, in their order
   std::unordered_multimap<uint64_t, size_t> of_block;
 };

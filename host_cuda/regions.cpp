@@ -14,9 +14,9 @@ namespace host {
 namespace {
 
 struct Image {
-  uintptr_t inside;     // an address
-  uintptr_t bias = 0;   // of its addresses to those in the file
-  uintptr_t locals = 0;  // the calling thread's thread_locals
+  uintptr_t inside;              // an address
+  uintptr_t bias = 0;            // of its addresses to those in the file
+  uintptr_t locals = 0;          // the calling thread's thread_locals
   uintptr_t begin = 0, end = 0;  // the loaded piece around the address
 };
 
@@ -62,7 +62,7 @@ struct Entry {
 std::map<uintptr_t, Entry> buffers;  // by begin; they do not overlap
 std::mutex buffers_mutex;
 
-// Cuts begin ... end out of what is registered: memory that was freed and is used again, or a view of a buffer.
+// Cuts begin ... end out of what is registered. Buffers may overlap as views do; what remember entered was freed since.
 void cut(uintptr_t begin, uintptr_t end) {
   auto i = buffers.upper_bound(begin);
   if (i != buffers.begin()) --i;
@@ -73,6 +73,7 @@ void cut(uintptr_t begin, uintptr_t end) {
       continue;
     }
     i = buffers.erase(i);
+    if (old.users == 0) continue;
     Entry left = old, right = old;
     left.region.end = begin, right.region.begin = end;
     if (left.region.begin < begin) buffers.emplace(left.region.begin, left);
@@ -183,7 +184,8 @@ std::vector<SharedArray> read_symbols() {
       const char* name = names + symbol[i].st_name;
       if ((symbol[i].st_info & 15) != STT_TLS || std::strncmp(name, "_ZZ", 3) != 0) continue;
       int status = 0;
-      const std::unique_ptr<char, void (*)(void*)> plain(abi::__cxa_demangle(name, nullptr, nullptr, &status), std::free);
+      const std::unique_ptr<char, void (*)(void*)> plain(abi::__cxa_demangle(name, nullptr, nullptr, &status),
+                                                         std::free);
       const std::string text = status == 0 ? plain.get() : name;
       found.push_back({text.substr(text.rfind(':') + 1), symbol[i].st_value, symbol[i].st_size});
     }

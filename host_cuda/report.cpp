@@ -101,7 +101,8 @@ std::vector<std::string> where(const std::vector<uintptr_t>& pcs) {
   for (const auto& [file, of_file] : unknown) {
     for (size_t i = 0; i < of_file.size(); i += 1000) {
       const auto begin = of_file.begin() + i;
-      read_lines(file.c_str(), bias_of(*begin), {begin, begin + std::min<size_t>(1000, of_file.size() - i)}, known_lines);
+      read_lines(file.c_str(), bias_of(*begin), {begin, begin + std::min<size_t>(1000, of_file.size() - i)},
+                 known_lines);
     }
   }
   std::vector<std::string> texts;
@@ -134,9 +135,9 @@ std::string standstill(const Machine& m, void* frame) {
     const Fiber& f = m.fibers[i];
     const bool returned = f.waits && std::strcmp(f.waits, "returned") == 0;
     const std::string at = returned ? "" : &f == m.now ? stack_text(frame) : stack_text(f);
-    groups[returned    ? "returned"
-           : f.waits   ? std::string("wait at ") + f.waits + ", " + at
-                       : "in a loop of atomic or volatile accesses, " + at]
+    groups[returned  ? "returned"
+           : f.waits ? std::string("wait at ") + f.waits + ", " + at
+                     : "in a loop of atomic or volatile accesses, " + at]
         .push_back(i);
   }
   std::string text;
@@ -184,7 +185,8 @@ void fail_launch(const std::string& what) { throw std::runtime_error("launch: " 
 
 }  // namespace host
 
-// ---- what -fsanitize=alignment,bounds,signed-integer-overflow calls where the language forbids what follows ------------
+// ---- what -fsanitize=alignment,bounds,signed-integer-overflow calls where the language forbids what follows
+// ------------
 
 namespace {
 struct Place {
@@ -219,9 +221,9 @@ HOST_HIDDEN void __ubsan_handle_type_mismatch_v1(Mismatch* m, uintptr_t p) {
 HOST_HIDDEN void __ubsan_handle_out_of_bounds(Index* i, intptr_t index) {
   if (!off()) host::fault("out of bounds: index %zd of an array %s", index, i->array->name);
 }
-#define HOST_OVERFLOW(op, sign)                                                                      \
-  HOST_HIDDEN void __ubsan_handle_##op##_overflow(Overflow* o, intptr_t a, intptr_t b) {             \
-    if (!off()) host::fault("overflow: %zd " sign " %zd does not fit %s", a, b, o->type->name);      \
+#define HOST_OVERFLOW(op, sign)                                                                 \
+  HOST_HIDDEN void __ubsan_handle_##op##_overflow(Overflow* o, intptr_t a, intptr_t b) {        \
+    if (!off()) host::fault("overflow: %zd " sign " %zd does not fit %s", a, b, o->type->name); \
   }
 HOST_OVERFLOW(add, "+")
 HOST_OVERFLOW(sub, "-")

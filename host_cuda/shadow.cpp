@@ -30,9 +30,7 @@ struct Access {
   uint64_t known[3];  // neighbours mostly carry the same marks: these were found in order
 };
 
-std::string place(const Access& a, uintptr_t p) {
-  return a.region.name + " + " + std::to_string(p - a.region.data);
-}
+std::string place(const Access& a, uintptr_t p) { return a.region.name + " + " + std::to_string(p - a.region.data); }
 
 [[noreturn, gnu::noinline]] void race(Kind kind, const Access& a, uintptr_t p, const char* theirs, uint64_t access,
                                       uint32_t their_site) {
@@ -74,8 +72,7 @@ __attribute__((always_inline)) inline void touch(Access& a, Cell& c, uintptr_t p
     for (int j = 0; j < 2; ++j) {
       const uint64_t read = c.reads[j];
       if (read == a.known[1 + j] || read == 0) continue;
-      const bool fine =
-          (shared && serial_of(read) != m.serial) || (atomic && read & kAtomic) || ordered(m, read);
+      const bool fine = (shared && serial_of(read) != m.serial) || (atomic && read & kAtomic) || ordered(m, read);
       if (!fine) race(kind, a, p, "read", read, c.read_site);
       a.known[1 + j] = read;
     }
@@ -119,8 +116,9 @@ const Region* find(Machine& m, uintptr_t p) {
   }
   std::string text = std::string("out of bounds: ") + verb + " " + std::to_string(bytes) + " bytes";
   if (best) {
-    text += ", " + std::to_string(distance) + " bytes " + (p >= best->end ? "past the end of " : "before ") + best->name +
-            " [" + std::to_string(best->bytes) + " bytes of " + (best->kind == Region::kShared ? "shared" : "global") + "]";
+    text += ", " + std::to_string(distance) + " bytes " + (p >= best->end ? "past the end of " : "before ") +
+            best->name + " [" + std::to_string(best->bytes) + " bytes of " +
+            (best->kind == Region::kShared ? "shared" : "global") + "]";
   } else {
     text += ", in no registered buffer";
   }
@@ -226,22 +224,22 @@ void update(void* to, unsigned bytes) {
 // What -fsanitize=thread calls before each access.
 #define HOST_HOOK(name, kind, bytes, alignment) \
   extern "C" HOST_HIDDEN void __tsan_##name(void* p) { host::hook<host::Kind::kind>(p, bytes, alignment, HOST_SITE); }
-#define HOST_HOOKS(bytes)                                                                                \
-  HOST_HOOK(read##bytes, kRead, bytes, bytes)                                                            \
-  HOST_HOOK(write##bytes, kWrite, bytes, bytes)                                                          \
-  HOST_HOOK(unaligned_read##bytes, kRead, bytes, 1)                                                      \
-  HOST_HOOK(unaligned_write##bytes, kWrite, bytes, 1)                                                    \
-  extern "C" HOST_HIDDEN void __tsan_volatile_read##bytes(void* p) {                                     \
-    host::volatile_hook<host::Kind::kAtomicRead>(p, bytes, HOST_SITE);                                   \
-  }                                                                                                      \
-  extern "C" HOST_HIDDEN void __tsan_volatile_write##bytes(void* p) {                                    \
-    host::volatile_hook<host::Kind::kAtomicWrite>(p, bytes, HOST_SITE);                                  \
-  }                                                                                                      \
-  extern "C" HOST_HIDDEN void __tsan_unaligned_volatile_read##bytes(void* p) {                           \
-    host::volatile_hook<host::Kind::kAtomicRead>(p, bytes, HOST_SITE);                                   \
-  }                                                                                                      \
-  extern "C" HOST_HIDDEN void __tsan_unaligned_volatile_write##bytes(void* p) {                          \
-    host::volatile_hook<host::Kind::kAtomicWrite>(p, bytes, HOST_SITE);                                  \
+#define HOST_HOOKS(bytes)                                                       \
+  HOST_HOOK(read##bytes, kRead, bytes, bytes)                                   \
+  HOST_HOOK(write##bytes, kWrite, bytes, bytes)                                 \
+  HOST_HOOK(unaligned_read##bytes, kRead, bytes, 1)                             \
+  HOST_HOOK(unaligned_write##bytes, kWrite, bytes, 1)                           \
+  extern "C" HOST_HIDDEN void __tsan_volatile_read##bytes(void* p) {            \
+    host::volatile_hook<host::Kind::kAtomicRead>(p, bytes, HOST_SITE);          \
+  }                                                                             \
+  extern "C" HOST_HIDDEN void __tsan_volatile_write##bytes(void* p) {           \
+    host::volatile_hook<host::Kind::kAtomicWrite>(p, bytes, HOST_SITE);         \
+  }                                                                             \
+  extern "C" HOST_HIDDEN void __tsan_unaligned_volatile_read##bytes(void* p) {  \
+    host::volatile_hook<host::Kind::kAtomicRead>(p, bytes, HOST_SITE);          \
+  }                                                                             \
+  extern "C" HOST_HIDDEN void __tsan_unaligned_volatile_write##bytes(void* p) { \
+    host::volatile_hook<host::Kind::kAtomicWrite>(p, bytes, HOST_SITE);         \
   }
 HOST_HOOKS(1)
 HOST_HOOKS(2)

@@ -7,10 +7,10 @@
 namespace host {
 namespace {
 
-struct Tally {  // of one kind of memory, at one place
-  uint64_t accesses = 0;      // of whole warps
-  uint64_t moved = 0;         // wavefronts or sectors
-  uint64_t needed = 0;        // the least there could be
+struct Tally {                    // of one kind of memory, at one place
+  uint64_t accesses = 0;          // of whole warps
+  uint64_t moved = 0;             // wavefronts or sectors
+  uint64_t needed = 0;            // the least there could be
   unsigned worst = 0, least = 1;  // of one access: moved, and needed there
   void add(unsigned m, unsigned n) {
     ++accesses;
@@ -30,7 +30,7 @@ struct Chain {  // accesses to neighbouring bytes by instructions one after anot
   bool operator<(const Chain& o) const { return std::tie(shared, sites) < std::tie(o.shared, o.sites); }
 };
 struct Tallies {
-  Tally joined;                // as one instruction, if they stand in one line
+  Tally joined;  // as one instruction, if they stand in one line
   std::vector<Tally> apart;
 };
 

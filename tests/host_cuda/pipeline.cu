@@ -1,5 +1,6 @@
 // The shape of a Hopper kernel: one warp fetches tiles by bulk copies into a ring, the others use them up.
 // y[i] = sum over tiles of x[tile, i].
+#include "../../csrc/common/ptx_hopper.cuh"
 #include "proof.h"
 
 namespace {
