@@ -113,7 +113,7 @@ void Machine::run_block() {
   for (int w = 0; w < warps; ++w) {
     const int lanes = std::min(32, threads - 32 * w);
     warp[w].exists = warp[w].ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
-    warp[w].meeting = 0;
+    warp[w].open = 0;
     warp[w].synced = 1;
     std::fill(clock[w], clock[w] + kMaxWarps, 0);
     clock[w][w] = 1;

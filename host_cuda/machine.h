@@ -53,16 +53,22 @@ struct Fiber {
   uint3 index;
   int number, warp, lane;
   const char* waits;  // for what; null while it runs
-  unsigned mask;      // the lanes it waits for
   int group;          // of cp.async, the one being filled
   std::vector<Copy> copies;
   Fence fence;
   std::vector<Seen> seen;  // by atomics after the last fence
 };
 
+struct Meeting {
+  const char* operation;
+  unsigned mask, arrived;
+};
+
 struct Warp {
-  unsigned exists, ready, meeting;  // a bit for each lane
-  uint32_t synced;                  // what the lanes did before this time of the warp, they all know
+  unsigned exists, ready;  // a bit for each lane
+  uint32_t synced;         // what the lanes did before this time of the warp, they all know
+  int open;                // so many meetings have begun
+  Meeting meetings[32];
   void* brought[32];
 };
 

@@ -6,6 +6,25 @@ namespace host {
 
 // ---- warp operations ------------------------------------------------------------------------------------------------
 
+namespace {
+
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
+// The meeting that the lane joins, or a new one. If a lane that it waits for waits for it elsewhere, neither gets on.
+Meeting& join(Warp& w, const char* operation, unsigned mask, int lane) {
+  for (int i = 0; i < w.open; ++i) {
+    Meeting& m = w.meetings[i];
+    if (m.mask == mask && same(m.operation, operation)) return m;
+    if (m.mask >> lane & 1 && m.arrived & mask) {
+      fault("divergent warp: lane %d is at %s with mask 0x%08x, lane %d at %s with mask 0x%08x", lane, operation, mask,
+            __builtin_ctz(m.arrived & mask), m.operation, m.mask);
+    }
+  }
+  return w.meetings[w.open++] = {operation, mask, 0};
+}
+
+}  // namespace
+
 void meet(const char* operation, unsigned mask, void* mine, Meaning meaning) {
   Machine& m = *running();
   Fiber& f = *m.now;
@@ -14,18 +33,11 @@ void meet(const char* operation, unsigned mask, void* mine, Meaning meaning) {
   if (!meaning && mutating && left_out(operation, HOST_SITE)) return;
   if (!(mask & bit)) fail("%s: mask 0x%08x does not name the calling lane %d", operation, mask, f.lane);
   mask &= w.exists;
-  f.mask = mask;
   w.brought[f.lane] = mine;
-  if (const unsigned others = w.meeting & mask) {
-    const Fiber& other = m.fibers[32 * f.warp + __builtin_ctz(others)];
-    if (other.mask != mask || (other.waits != operation && std::strcmp(other.waits, operation) != 0)) {
-      fault("divergent warp: lane %d is at %s with mask 0x%08x, lane %d at %s with mask 0x%08x", f.lane, operation,
-            mask, other.lane, other.waits, other.mask);
-    }
-  }
-  w.meeting |= bit;
-  if ((w.meeting & mask) != mask) return m.wait_for(operation);
-  w.meeting &= ~mask;
+  Meeting& meeting = join(w, operation, mask, f.lane);
+  meeting.arrived |= bit;
+  if (meeting.arrived != mask) return m.wait_for(operation);
+  meeting = w.meetings[--w.open];
   if (meaning) {
     meaning(w.brought, mask);
   } else {  // __syncwarp orders memory; shuffles, votes and mma do not

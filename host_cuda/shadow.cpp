@@ -254,6 +254,10 @@ HOST_HIDDEN void __tsan_read_range(void* p, size_t bytes) {
 HOST_HIDDEN void __tsan_write_range(void* p, size_t bytes) {
   host::hook<host::Kind::kWrite>(p, unsigned(bytes), 1, HOST_SITE);
 }
+// The guard of a function's static in host code beside the kernels.
+HOST_HIDDEN unsigned char __tsan_atomic8_load(const unsigned char* p, int) {
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
 HOST_HIDDEN void __tsan_init() {}
 HOST_HIDDEN void __tsan_func_entry(void*) {}
 HOST_HIDDEN void __tsan_func_exit() {}

@@ -1,5 +1,5 @@
-// Causal attention forward, head dimension 64. A block owns 64 queries of one head, each of its 4 warps 16 of them. Tiles of
-// 64 keys and values arrive by cp.async in two buffers; the softmax is kept online, in base 2.
+// Causal attention forward, head dimension 64. A block owns 64 queries of one head, each of its 4 warps 16 of them.
+// Tiles of 64 keys and values arrive by cp.async in two buffers; the softmax is kept online, in base 2.
 #include "proof.h"
 
 namespace {
