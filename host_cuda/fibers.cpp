@@ -175,18 +175,25 @@ inline Fiber* Machine::next(const Fiber& self, bool waits) {
   return own ? &fibers[32 * self.warp + __builtin_ctz(own)] : nullptr;
 }
 
-// The running fiber may not go on: another one does.
+// The running fiber may not go on: another one does. Mostly a lane of the same warp, by a short way.
 void Machine::wait_for(const char* what) {
   Fiber& self = *now;
   self.waits = what;
-  warp[self.warp].ready &= ~(1u << self.lane);
   idle = 0;
+  const unsigned own = warp[self.warp].ready &= ~(1u << self.lane), later = own & ~1u << self.lane;
+  if (!later || random) return wait_for_others();
+  now = &fibers[32 * self.warp + __builtin_ctz(later)];
+  now->waits = nullptr;
+  return host_switch(&self.top, now->top);  // a tail call: each return would be mispredicted
+}
+
+void Machine::wait_for_others() {
+  Fiber& self = *now;
   do {
     if (Fiber* const other = next(self, true)) {
       now = other;
       now->waits = nullptr;
-      return now == &self ? void()
-                          : host_switch(&self.top, now->top);  // a tail call: each return would be mispredicted
+      return now == &self ? void() : host_switch(&self.top, now->top);
     }
   } while (land_bulk_copy());  // they take as long as they may: until nobody can go on without them
   if (returned == threads) host_switch(&self.top, main_top);

@@ -186,6 +186,7 @@ struct Machine {  // one for each OS thread
  private:
   Fiber* next(const Fiber& self, bool waits);
   Fiber* any();
+  void wait_for_others();
 };
 
 // The machine whose fiber is running, from the address of its stack: no thread_local, whose address costs a call in a
