@@ -208,7 +208,7 @@ std::string stack_text(const Fiber& waiting);
 
 // order.cpp
 bool knows(const Machine&, uint64_t access);  // through fences and atomics
-struct AtomicOrder {                            // lives around an atomic at p
+struct AtomicOrder {                          // lives around an atomic at p
   explicit AtomicOrder(uintptr_t p);
   std::unique_lock<std::mutex> lock;
 };

@@ -102,8 +102,7 @@ void Machine::release(Barrier& b) {
   std::fill(b.clock, b.clock + warps, 0);
 }
 
-void barrier_sync(int id, int threads) {
-  if (mutating && left_out("barrier_sync", HOST_SITE)) return;
+static void sync(int id, int threads) {
   Barrier& b = arrive_at(id, threads);
   Machine& m = *running();
   b.waiting[m.now->warp] |= 1u << m.now->lane;
@@ -111,14 +110,18 @@ void barrier_sync(int id, int threads) {
   m.release(b);
 }
 
+void barrier_sync(int id, int threads) {
+  if (mutating && left_out(id == 0 ? "__syncthreads" : "barrier_sync", HOST_SITE)) return;
+  return sync(id, threads);
+}
+
 // How many threads of the block bring a predicate that holds.
 int barrier_count(bool predicate) {
-  Machine& m = *running();
-  Barrier& b = m.barrier[0];
+  Barrier& b = running()->barrier[0];
   int& count = b.count[b.round % 2];  // nobody starts the round after the next one before all have read this one
   if (b.arrived == 0) count = 0;
   count += predicate;
-  barrier_sync(0, kWholeBlock);
+  sync(0, kWholeBlock);
   return count;
 }
 

@@ -50,7 +50,6 @@ __global__ void sum_by_last_kernel(float* y, const float* x, int n, float* parti
   if (!last) return;
   float all = 0.0f;
   for (int b = threadIdx.x; b < int(gridDim.x); b += kThreads) all += partial[b];
-  __syncthreads();  // block_sum's memory is used again
   all = block_sum(all);
   if (threadIdx.x == 0) {
     *y = all;
