@@ -205,6 +205,7 @@ int atomicAdd(int* to, int value);
 
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 template <typename T>
 T __ldg(const T* p) {
   return *p;
