@@ -280,6 +280,13 @@ using LargeTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTil
 template <typename T>
 using SmallTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTile<32, 64, 2, 2>>;
 
+// Whether C [M][N] has enough large tiles to keep a GPU busy. The choice changes no bits.
+template <typename T>
+bool wants_large(int64_t M, int64_t N) {
+  using Tile = LargeTile<T>;
+  return ceil_div(M, Tile::kRows) * ceil_div(N, Tile::kColumns) >= 96;
+}
+
 // A grid of one block for each tile of C [M][N].
 template <typename Tile>
 inline dim3 tiles_of(int64_t M, int64_t N) {
