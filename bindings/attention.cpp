@@ -2,7 +2,7 @@
 // allocate, fill the params, run.
 #include "../csrc/attention/attention.h"
 
-#include "tensor.h"
+#include "engine.h"
 
 namespace llamakern {
 namespace {
@@ -148,6 +148,7 @@ Tensor check_starts(const char* op, const char* name, const Tensor& starts, cons
   check(starts.dim() == 1 && starts.size(0) >= 1, op, ": ", name, " must have shape (n+1,), got ",
         shape_text(starts.sizes()));
   const Tensor flat = as_contiguous(starts);
+  if (!readable(flat)) return flat;
   const int32_t* at = cptr<int32_t>(flat);
   const int64_t n = flat.size(0) - 1;
   check(at[0] == 0 && at[n] == tokens, op, ": ", name, " must rise from 0 to the ", tokens, " tokens, got ", at[0],
@@ -214,7 +215,7 @@ std::tuple<Tensor, Tensor> forward(const Door& door, const Call& call) {
   const Tensor y = empty(q.sizes(), q.scalar_type(), q);
   const Tensor lse = empty({q.size(0), q.size(door.head), q.size(door.token)}, ScalarType::Float, q);
   dispatch_float(door.op, door.q, call.q, [&]<typename T>() {
-    run(AttentionForward<T>{.y = heads<T>(y, door), .lse = ptr<float>(lse), .in = attended<T>(door, call)});
+    run(AttentionForward<T>{.y = heads<T>(y, door), .lse = ptr<float>(lse), .in = attended<T>(door, call)}, q);
   });
   return {y, lse};
 }
@@ -270,7 +271,7 @@ SixTensors backward(const Door& door, const Call& call, const Tensor& dy, const 
       params.dprompt_v = prompt_heads<T>(dprompt_v);
       params.dprompt_gate = ptr<float>(dprompt_gate);
     }
-    run(params);
+    run(params, q);
   });
   return {dq, dk, dv, dprompt_k, dprompt_v, dprompt_gate};
 }
@@ -323,7 +324,7 @@ Cache check_cache(const char* op, const Tensor& k_cache, const Tensor& lengths, 
   } else {
     check_shape(op, "k_cache", k_cache, {B, block, k_cache.size(2), k_cache.size(3)});
   }
-  for (int64_t b = 0; b < B; ++b) {
+  for (int64_t b = 0; readable(lengths) && b < B; ++b) {
     const int64_t n = cptr<int32_t>(cache.lengths)[b];
     check(n >= least && n <= most, op, ": lengths must lie in [", least, ", ", most, "], got ", n);
     if (!block_table) continue;
@@ -387,7 +388,8 @@ void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
                        .B = B,
                        .T_ = T_,
                        .Hkv = Hkv,
-                       .D = D});
+                       .D = D},
+        k_cache);
   });
 }
 
@@ -414,7 +416,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
       "-> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   LK_IMPL(m, "attention", attention);
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_prompt_backward", TORCH_BOX(&attention_prompt_backward));
