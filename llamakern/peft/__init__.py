@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.base import Method, Parts, count_trainable, trainable
 from llamakern.peft.files import load, save
 from llamakern.peft.lora import LoRAConfig
 from llamakern.peft.merge import MergeReport, logit_change, merge, merge_report
 from llamakern.peft.methods import METHODS, find_method, register
+from llamakern.peft.official_v1 import load_official_v1, save_official_v1
 from llamakern.peft.switching import activate, active, adapters, add, remove
 
 
@@ -27,6 +29,7 @@ def apply(model: nn.Module, config: Method | Sequence[Method], *, name: str = "d
 
 __all__ = [
     "METHODS",
+    "AdapterConfig",
     "LoRAConfig",
     "MergeReport",
     "Method",
@@ -38,11 +41,13 @@ __all__ = [
     "count_trainable",
     "find_method",
     "load",
+    "load_official_v1",
     "logit_change",
     "merge",
     "merge_report",
     "register",
     "remove",
     "save",
+    "save_official_v1",
     "trainable",
 ]

@@ -5,10 +5,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.base import Method
 from llamakern.peft.lora import LoRAConfig
 
-METHODS: dict[str, type[Method]] = {"lora": LoRAConfig, "qlora": LoRAConfig}
+METHODS: dict[str, type[Method]] = {"lora": LoRAConfig, "qlora": LoRAConfig, "adapter": AdapterConfig}
 
 
 def register(kind: type[Method]) -> type[Method]:
