@@ -42,7 +42,7 @@ def adapted(config=None, packed=False, **change):
     return wake(peft.apply(base(packed, **change), config or AdapterConfig(prompt_len=5)))
 
 
-# ------------------------------------------------------------------------------------------------------------- formulas
+# ----------------------------------------------------------------------------------------------------------- formulas
 
 
 def reference(activation, H):
@@ -98,7 +98,7 @@ def test_the_layers_own_projections_see_the_prompts_without_lora():
     torch.testing.assert_close(ctx.prompt_gate, attention.attend.gate.tanh())
 
 
-# ------------------------------------------------------------------------------------------------ sizes, start, training
+# ---------------------------------------------------------------------------------------------- sizes, start, training
 
 
 def test_sizes_of_llama_7b():
@@ -153,7 +153,7 @@ def test_activations_made_again_change_no_bit():
         assert_same_bits(a, b)
 
 
-# ------------------------------------------------------------------------------------------------- packing and the cache
+# ----------------------------------------------------------------------------------------------- packing and the cache
 
 
 def test_packed_rows_equal_each_alone():
@@ -208,7 +208,7 @@ def test_autocast_and_narrow_models(narrow):
     model.loss(X, X).backward()
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize(("activation", "scope"), SWITCHES)
@@ -309,7 +309,7 @@ def test_bad_settings(values, message):
         peft.apply(base(), AdapterConfig(**values))
 
 
-# ----------------------------------------------------------------------------------------------------------------- PEFT
+# --------------------------------------------------------------------------------------------------------------- PEFT
 
 
 @pytest.fixture(scope="module")
