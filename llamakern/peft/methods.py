@@ -6,9 +6,16 @@ import sys
 from pathlib import Path
 
 from llamakern.peft.base import Method
+from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
+from llamakern.peft.prompt import PromptConfig
 
-METHODS: dict[str, type[Method]] = {"lora": LoRAConfig, "qlora": LoRAConfig}
+METHODS: dict[str, type[Method]] = {
+    "lora": LoRAConfig,
+    "qlora": LoRAConfig,
+    "prompt": PromptConfig,
+    "full": FullConfig,
+}
 
 
 def register(kind: type[Method]) -> type[Method]:
