@@ -5,6 +5,7 @@ Module names follow Hugging Face, without its prefix `model.`. Sockets take othe
     linear   (x) -> y                        any projection; LoRA and NF4 plug in here
     attend   (q, k, v, x, ctx) -> y          all between the projections and o_proj, the cache included
     visual   (features) -> visual            empty: what projects an encoder's features once for all layers
+    prefix   a parameter (P, C)              empty: virtual tokens in front of every sequence (prefix.py)
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, Hkv key/value heads, D head_dim, C model width,
 V vocabulary.
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from llamakern import ops
 from llamakern.config import LlamaConfig
 from llamakern.nn import RMSNorm
+from llamakern.prefix import lay
 from llamakern.rotary import cos_sin
 
 
@@ -172,6 +174,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_module("visual", None)
+        self.register_parameter("prefix", None)
         self.reset_parameters()
         self.tie_weights()
 
@@ -211,10 +214,14 @@ class Llama(nn.Module):
         save_pretrained(self, path)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have."""
+        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have.
+
+        It has room for the virtual tokens of a prefix too.
+        """
         c, like = self.config, self.embed_tokens.weight
         cast = torch.is_autocast_enabled(like.device.type)
         dtype = torch.get_autocast_dtype(like.device.type) if cast else like.dtype
+        max_len += 0 if self.prefix is None else self.prefix.shape[0]
         return KVCache(c.n_layers, batch, max_len, c.n_kv_heads, c.head_dim, dtype=dtype, device=like.device)
 
     def forward(
@@ -246,14 +253,20 @@ class Llama(nn.Module):
         """What `lm_head` sees, (B, T, C): the same arguments as `forward`."""
         check_call(tokens, cache, positions, cu_seqlens, mask, features)
         T = tokens.shape[1]
+        x, delta, laid = self.embed_tokens(tokens), None, None
+        started, P = cache is not None and cache.used > 0, 0 if self.prefix is None else self.prefix.shape[0]
         if positions is None:
             positions = default_positions(T, cache, cu_seqlens, tokens.device)
+        elif started:
+            positions = positions + P
+        if P and not started:
+            laid = lay(self.prefix, x, positions, cu_seqlens, mask)
+            x, positions, cu_seqlens, mask = laid[:4]
         cos, sin = cos_sin(self.config, positions)
         visual = None if features is None or self.visual is None else self.visual(features)
         where = {"cache": cache, "positions": positions, "cu_seqlens": cu_seqlens, "mask": mask, "cos": cos, "sin": sin}
         ctx = AttendContext(**where, features=features, visual=visual)
-        with recorded(cache), nullcontext() if cache is None else cache.growing(T):
-            x, delta = self.embed_tokens(tokens), None
+        with recorded(cache), nullcontext() if cache is None else cache.growing(x.shape[1]):
             for layer in self.layers:
                 if self.checkpoint_activations and torch.is_grad_enabled():
                     x, delta = checkpoint(layer, x, delta, ctx, use_reentrant=False)
@@ -261,7 +274,8 @@ class Llama(nn.Module):
                     x, delta = layer(x, delta, ctx)
             if cache is not None and lengths is not None:
                 cache.lengths += lengths.to(torch.int32) - T  # the padding is overwritten by the next tokens
-            return self.norm(x) if delta is None else self.norm(delta, residual=x)[0]
+            h = self.norm(x) if delta is None else self.norm(delta, residual=x)[0]
+            return h if laid is None else laid.drop(h, P)
 
     def loss(self, tokens, labels, *, positions=None, cu_seqlens=None, features=None, reduction="mean") -> Tensor:
         """Cross-entropy of the next token: labels[b, t] is the target at position t, -100 is ignored. float32.

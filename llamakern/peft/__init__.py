@@ -10,10 +10,12 @@ from torch import nn
 from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.base import Method, Parts, count_trainable, trainable
 from llamakern.peft.files import load, save
+from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
 from llamakern.peft.merge import MergeReport, logit_change, merge, merge_report
 from llamakern.peft.methods import METHODS, find_method, register
 from llamakern.peft.official_v1 import load_official_v1, save_official_v1
+from llamakern.peft.prompt import PromptConfig
 from llamakern.peft.switching import activate, active, adapters, add, remove
 
 
@@ -30,10 +32,12 @@ def apply(model: nn.Module, config: Method | Sequence[Method], *, name: str = "d
 __all__ = [
     "METHODS",
     "AdapterConfig",
+    "FullConfig",
     "LoRAConfig",
     "MergeReport",
     "Method",
     "Parts",
+    "PromptConfig",
     "activate",
     "active",
     "adapters",

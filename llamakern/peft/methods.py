@@ -7,9 +7,17 @@ from pathlib import Path
 
 from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.base import Method
+from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
+from llamakern.peft.prompt import PromptConfig
 
-METHODS: dict[str, type[Method]] = {"lora": LoRAConfig, "qlora": LoRAConfig, "adapter": AdapterConfig}
+METHODS: dict[str, type[Method]] = {
+    "lora": LoRAConfig,
+    "qlora": LoRAConfig,
+    "adapter": AdapterConfig,
+    "prompt": PromptConfig,
+    "full": FullConfig,
+}
 
 
 def register(kind: type[Method]) -> type[Method]:
