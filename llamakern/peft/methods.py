@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method
 from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
@@ -13,6 +14,7 @@ from llamakern.peft.prompt import PromptConfig
 METHODS: dict[str, type[Method]] = {
     "lora": LoRAConfig,
     "qlora": LoRAConfig,
+    "adapter_v2": AdapterV2Config,
     "prompt": PromptConfig,
     "full": FullConfig,
 }
