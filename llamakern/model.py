@@ -93,11 +93,14 @@ class CausalAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: AttendContext) -> Tensor:
         cache, layer = ctx.cache, ctx.layer
+        prompts = {"prompt_k": ctx.prompt_k, "prompt_v": ctx.prompt_v, "prompt_gate": ctx.prompt_gate}
         if cache is not None:
             cache.append(layer, k, v)
             if cache.used > q.shape[1]:  # older tokens stand in the cache
-                return ops.attention_decode(q, cache.k[layer], cache.v[layer], lengths=cache.lengths)
-        return ops.attention(q, k, v, mask=ctx.mask, cu_seqlens_q=ctx.cu_seqlens, cu_seqlens_k=ctx.cu_seqlens)
+                return ops.attention_decode(q, cache.k[layer], cache.v[layer], lengths=cache.lengths, **prompts)
+        return ops.attention(
+            q, k, v, mask=ctx.mask, cu_seqlens_q=ctx.cu_seqlens, cu_seqlens_k=ctx.cu_seqlens, **prompts
+        )
 
 
 class Attention(nn.Module):

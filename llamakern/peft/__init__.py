@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method, Parts, count_trainable, trainable
 from llamakern.peft.files import load, save
@@ -14,6 +15,7 @@ from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
 from llamakern.peft.merge import MergeReport, logit_change, merge, merge_report
 from llamakern.peft.methods import METHODS, find_method, register
+from llamakern.peft.official_v1 import load_official_v1, save_official_v1
 from llamakern.peft.prompt import PromptConfig
 from llamakern.peft.switching import activate, active, adapters, add, remove
 
@@ -30,6 +32,7 @@ def apply(model: nn.Module, config: Method | Sequence[Method], *, name: str = "d
 
 __all__ = [
     "METHODS",
+    "AdapterConfig",
     "AdapterV2Config",
     "FullConfig",
     "LoRAConfig",
@@ -44,11 +47,13 @@ __all__ = [
     "count_trainable",
     "find_method",
     "load",
+    "load_official_v1",
     "logit_change",
     "merge",
     "merge_report",
     "register",
     "remove",
     "save",
+    "save_official_v1",
     "trainable",
 ]

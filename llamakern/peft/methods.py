@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method
 from llamakern.peft.full import FullConfig
@@ -14,6 +15,7 @@ from llamakern.peft.prompt import PromptConfig
 METHODS: dict[str, type[Method]] = {
     "lora": LoRAConfig,
     "qlora": LoRAConfig,
+    "adapter": AdapterConfig,
     "adapter_v2": AdapterV2Config,
     "prompt": PromptConfig,
     "full": FullConfig,
