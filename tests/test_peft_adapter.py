@@ -1,5 +1,6 @@
 """LLaMA-Adapter: its formulas, its start at the base, its place beside LoRA and the cache, its files."""
 
+import contextlib
 import json
 import math
 
@@ -10,11 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llamakern import Llama, LlamaConfig, generate, peft
+from llamakern.data import Example
 from llamakern.model import AttendContext, CausalAttention
 from llamakern.nn import quantize_
 from llamakern.peft import AdapterConfig, LoRAConfig
 from llamakern.peft.adapter import PromptAttention
 from llamakern.rotary import half_to_interleaved
+from llamakern.train import TrainConfig, Trainer
 
 TINY = LlamaConfig(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=53)
 X = torch.arange(18).reshape(2, 9)
@@ -151,6 +154,37 @@ def test_activations_made_again_change_no_bit():
         grads.append([p.grad for p in peft.trainable(model).values()])
     for a, b in zip(*grads, strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("beside", [(), (LoRAConfig(rank=2, dropout=0.3),)], ids=["alone", "lora"])
+def test_resuming_is_exact(beside, tmp_path):
+    rows = [[(i + t) % 53 for t in range(4 + i % 9)] for i in range(10)]
+    examples = [Example(row, [False, *[True] * (len(row) - 1)], False, "") for row in rows]
+    settings = TrainConfig(steps=8, batch_size=3, max_len=16, lr=1e-2, warmup=0, save_every=1)
+    results = []
+    for out, stops in (("whole", [9]), ("broken", [2, 3, 9])):
+        for steps in stops:
+            model = peft.apply(base(), [*beside, AdapterConfig(prompt_len=3, n_layers=2)])
+            stop_after(steps, Trainer(model, examples, settings, out=tmp_path / out, quiet=True))
+            torch.manual_seed(7)  # the next start has other prompts: all must come from the checkpoint
+        results.append(peft.trainable(model))
+    for name, p in results[0].items():
+        assert_same_bits(results[1][name].detach(), p.detach(), name)
+
+
+def stop_after(steps, trainer):
+    """Trains to the end, or so many steps."""
+    backward, done = trainer.backward, []
+
+    def counted(batches):
+        done.append(1)
+        if len(done) > steps:
+            raise KeyError("stop")
+        return backward(batches)
+
+    trainer.backward = counted
+    with contextlib.suppress(KeyError):
+        trainer.train()
 
 
 # ----------------------------------------------------------------------------------------------- packing and the cache
