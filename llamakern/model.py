@@ -110,10 +110,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, heads, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_heads, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_heads, bias=False)
-        self.o_proj = nn.Linear(heads, config.dim, bias=False)
+        self.q_proj = nn.Linear(config.dim, heads, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.dim, kv_heads, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.dim, kv_heads, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads, config.dim, bias=config.attention_bias)
         self.attend = CausalAttention()
 
     def forward(self, x: Tensor, ctx: AttendContext) -> Tensor:
@@ -131,9 +131,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -184,6 +184,8 @@ class Llama(nn.Module):
             if type(module) in (nn.Linear, nn.Embedding):
                 deep = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if deep else 0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
 
     def tie_weights(self) -> None:
         """Makes lm_head and the embedding one parameter where the configuration says so."""

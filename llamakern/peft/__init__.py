@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from llamakern.peft.adapter import AdapterConfig
+from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method, Parts, count_trainable, trainable
 from llamakern.peft.files import load, save
 from llamakern.peft.full import FullConfig
@@ -32,6 +33,7 @@ def apply(model: nn.Module, config: Method | Sequence[Method], *, name: str = "d
 __all__ = [
     "METHODS",
     "AdapterConfig",
+    "AdapterV2Config",
     "FullConfig",
     "LoRAConfig",
     "MergeReport",

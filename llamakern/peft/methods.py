@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from llamakern.peft.adapter import AdapterConfig
+from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method
 from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "lora": LoRAConfig,
     "qlora": LoRAConfig,
     "adapter": AdapterConfig,
+    "adapter_v2": AdapterV2Config,
     "prompt": PromptConfig,
     "full": FullConfig,
 }
