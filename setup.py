@@ -2,17 +2,18 @@
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
-from ctypes.util import find_library
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from toolkit import find_nvcc, has_driver  # noqa: E402
 
 
 def find_torch() -> Path:
@@ -30,18 +31,6 @@ def find_torch() -> Path:
         "llamakern: building needs torch >= 2.10 installed first (pip install torch), "
         "or LLAMAKERN_TORCH_DIR set to its folder .../site-packages/torch"
     )
-
-
-def has_driver() -> bool:
-    """Whether a GPU is likely to be here, found without asking one."""
-    return bool(shutil.which("nvidia-smi") or find_library("cuda")) or Path("/dev/nvidia0").exists()
-
-
-def find_nvcc() -> Path | None:
-    """CUDA's compiler: of CUDA_HOME or CUDA_PATH, of /usr/local/cuda, or on PATH, where it may be a script."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [Path(home) / "bin/nvcc" for home in homes if home] + [shutil.which("nvcc")]
-    return next((Path(place) for place in places if place and Path(place).exists()), None)
 
 
 def cuda_options() -> list[str]:

@@ -8,11 +8,14 @@ template <typename T, typename F>
 T change(T* p, uintptr_t site, F&& f) {
   Machine& m = *running();
   check_access(Kind::kAtomicUpdate, reinterpret_cast<uintptr_t>(p), sizeof(T), sizeof(T), site);
-  order_atomic(reinterpret_cast<uintptr_t>(p));
-  const std::atomic_ref<T> atomic(*p);
-  T old = atomic.load();
-  T next = f(old);
-  while (!atomic.compare_exchange_weak(old, next)) next = f(old);
+  T old, next;
+  {
+    const AtomicOrder order(reinterpret_cast<uintptr_t>(p));
+    const std::atomic_ref<T> atomic(*p);
+    old = atomic.load();
+    next = f(old);
+    while (!atomic.compare_exchange_weak(old, next)) next = f(old);
+  }
   m.give_way(std::memcmp(&old, &next, sizeof(T)) != 0);
   return old;
 }
@@ -22,17 +25,19 @@ T change(T* p, uintptr_t site, F&& f) {
 uint32_t atomic_load(const uint32_t* p) {
   Machine& m = *running();
   check_access(Kind::kAtomicRead, reinterpret_cast<uintptr_t>(p), 4, 4, HOST_SITE);
-  order_atomic(reinterpret_cast<uintptr_t>(p));
-  const uint32_t value = std::atomic_ref(*const_cast<uint32_t*>(p)).load();
   m.give_way(false);
-  return value;
+  const AtomicOrder order(reinterpret_cast<uintptr_t>(p));
+  return std::atomic_ref(*const_cast<uint32_t*>(p)).load();
 }
 
 void atomic_store(uint32_t* p, uint32_t value) {
+  Machine& m = *running();
   check_access(Kind::kAtomicWrite, reinterpret_cast<uintptr_t>(p), 4, 4, HOST_SITE);
-  order_atomic(reinterpret_cast<uintptr_t>(p));
-  std::atomic_ref(*p).store(value);
-  running()->give_way(true);
+  {
+    const AtomicOrder order(reinterpret_cast<uintptr_t>(p));
+    std::atomic_ref(*p).store(value);
+  }
+  m.give_way(true);
 }
 
 }  // namespace host

@@ -13,7 +13,7 @@ void cp_async(void* to, const void* from, unsigned bytes, unsigned source_bytes)
     if (source_bytes) check_access(Kind::kRead, source, source_bytes, 1, HOST_SITE);
     check_access(Kind::kCopyIssue, target, bytes, bytes, HOST_SITE);
   }
-  Copy& c = f.copies.emplace_back(Copy{static_cast<unsigned char*>(to), bytes, f.group, {}});
+  Copy& c = f.copies.emplace_back(Copy{static_cast<unsigned char*>(to), bytes, f.group, HOST_SITE, {}});
   std::memcpy(c.data, from, source_bytes);
 }
 
@@ -28,7 +28,7 @@ void cp_async_wait(int pending_groups) {
   size_t landed = 0;
   for (; landed < f.copies.size() && f.copies[landed].group < f.group - pending_groups; ++landed) {
     const Copy& c = f.copies[landed];
-    check_access(Kind::kCopyLand, reinterpret_cast<uintptr_t>(c.to), c.bytes, c.bytes, HOST_SITE);
+    check_access(Kind::kCopyLand, reinterpret_cast<uintptr_t>(c.to), c.bytes, c.bytes, c.site);
     std::memcpy(c.to, c.data, c.bytes);
   }
   f.copies.erase(f.copies.begin(), f.copies.begin() + landed);
@@ -40,7 +40,7 @@ void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
   if (bytes % 16) fail("a bulk copy of %u bytes, which is no multiple of 16", bytes);
   check_access(Kind::kRead, reinterpret_cast<uintptr_t>(from), bytes, 16, HOST_SITE);
   check_access(Kind::kCopyIssue, reinterpret_cast<uintptr_t>(to), bytes, 16, HOST_SITE);
-  m.bulk.push_back({static_cast<unsigned char*>(to), from, bytes, barrier, m.now});
+  m.bulk.push_back({static_cast<unsigned char*>(to), from, bytes, barrier, m.now, HOST_SITE});
 }
 
 bool Machine::land_bulk_copy() {
@@ -49,7 +49,7 @@ bool Machine::land_bulk_copy() {
   bulk.erase(bulk.begin());
   Fiber* const self = now;
   now = c.issuer;  // the copy counts as the issuer's write
-  check_access(Kind::kCopyLand, reinterpret_cast<uintptr_t>(c.to), c.bytes, 16, HOST_SITE);
+  check_access(Kind::kCopyLand, reinterpret_cast<uintptr_t>(c.to), c.bytes, 16, c.site);
   std::memcpy(c.to, c.from, c.bytes);
   now = self;
   Mbarrier& b = find_mbarrier(c.barrier);

@@ -26,6 +26,7 @@ struct Copy {  // a cp.async under way
   unsigned char* to;
   unsigned bytes;
   int group;
+  uintptr_t site;
   unsigned char data[16];
 };
 
@@ -85,6 +86,7 @@ struct BulkCopy {
   unsigned bytes;
   uint64_t* barrier;
   Fiber* issuer;
+  uintptr_t site;
 };
 
 struct Barrier {
@@ -205,7 +207,10 @@ std::string stack_text(const Fiber& waiting);
 
 // order.cpp
 bool knows(const Machine&, uint64_t access);  // through fences and atomics
-void order_atomic(uintptr_t p);
+struct AtomicOrder {                            // lives around an atomic at p
+  explicit AtomicOrder(uintptr_t p);
+  std::unique_lock<std::mutex> lock;
+};
 
 // Did the access `a` happen before what the running thread does now?
 inline bool ordered(const Machine& m, uint64_t a) {

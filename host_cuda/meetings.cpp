@@ -79,7 +79,6 @@ void Machine::release(Barrier& b) {
   for (int w = 0; w < warps; ++w) {
     if (!b.waiting[w]) continue;
     learn(w, b.clock);
-    if (b.waiting[w] == warp[w].exists) warp[w].synced = clock[w][w];
     warp[w].ready |= b.waiting[w];
     if (traffic) traffic->flush(w);
   }

@@ -34,6 +34,7 @@ void Machine::arrive(Clocks to) {
 void Machine::learn(int w, const uint32_t* known) {
   for (int v = 0; v < warps; ++v) clock[w][v] = std::max(clock[w][v], known[v]);
   tick(w);
+  warp[w].synced = std::max(warp[w].synced, known[w] + 1);  // of its own lanes too
 }
 
 void fence(FenceScope scope) {
@@ -105,7 +106,8 @@ bool among(const Machine& m, const Seen& seen, uint64_t access, Visited& visited
 
 bool knows(const Machine& m, uint64_t access) {
   if (m.learned.empty()) return false;
-  const std::lock_guard lock(m.launch->mutex);
+  std::unique_lock<std::mutex> lock;
+  if (m.launch->os_threads > 1) lock = std::unique_lock(m.launch->mutex);
   Visited visited;
   for (const Seen& s : m.learned) {
     if (passed(m, s.thread, s.time) && among(m, s, access, visited)) return true;
@@ -113,12 +115,12 @@ bool knows(const Machine& m, uint64_t access) {
   return false;
 }
 
-// Around each atomic: what the thread lets others know, and what it may learn at its next fence.
-void order_atomic(uintptr_t p) {
+// With each atomic, and as one step with it: what the thread lets others know, and what it may learn at its next fence.
+AtomicOrder::AtomicOrder(uintptr_t p) {
   Machine& m = *running();
+  if (m.launch->os_threads > 1) lock = std::unique_lock(m.launch->mutex);
   if (!m.launch->fences) return;
   Fiber& f = *m.now;
-  const std::lock_guard lock(m.launch->mutex);
   std::shared_ptr<Variable>& variable = (is_shared(m, p) ? m.variables : m.launch->variables)[p];
   if (!variable) variable = std::make_shared<Variable>();
   std::vector<Release>& releases = variable->releases;

@@ -31,8 +31,9 @@ namespace {
 
 // "void (anonymous namespace)::f<(Mode)1>(float*)" -> "f<(Mode)1>"
 std::string plain_name(std::string f) {
-  const std::string hidden = "(anonymous namespace)::";
-  for (size_t at; (at = f.find(hidden)) != f.npos;) f.erase(at, hidden.size());
+  for (const std::string hidden : {"(anonymous namespace)::", "<unnamed>::"}) {
+    for (size_t at; (at = f.find(hidden)) != f.npos;) f.erase(at, hidden.size());
+  }
   size_t begin = 0, end = 0;
   for (int depth = 0; end < f.size() && f[end] != '\n' && (depth > 0 || f[end] != '('); ++end) {
     depth += (f[end] == '<') - (f[end] == '>');
@@ -41,8 +42,14 @@ std::string plain_name(std::string f) {
   return f.substr(begin, end - begin);
 }
 
+std::string without_namespaces(const std::string& f) {
+  const size_t at = f.substr(0, f.find('<')).rfind(':');
+  return at == f.npos ? f : f.substr(at + 1);
+}
+
 bool ours(const std::string& function, const std::string& line) {
-  for (const char* file : {"host_cuda.h:", "cuda_names.h:", "shadow.cpp:"}) {
+  for (const char* file : {"host_cuda.h:", "cuda_names.h:", "atomics.cpp:", "copies.cpp:", "fibers.cpp:", "launch.cpp:",
+                           "meetings.cpp:", "order.cpp:", "report.cpp:", "shadow.cpp:"}) {
     if (line.rfind(file, 0) == 0) return true;
   }
   for (const char* prefix : {"host::", "std::", "__tsan_", "__ubsan_"}) {
@@ -63,12 +70,14 @@ void read_lines(const char* file, uintptr_t bias, const std::vector<uintptr_t>& 
   FILE* const pipe = popen((command + " 2>/dev/null").c_str(), "r");
   if (!pipe) return;
   std::string* text = nullptr;
+  std::string last;
   auto* const buffer = static_cast<char*>(std::malloc(1 << 16));  // not on the small stack of a fiber
   const auto next = [&] { return std::fgets(buffer, 1 << 16, pipe) != nullptr; };
   for (size_t i = 0; next();) {
     if (std::strncmp(buffer, "0x", 2) == 0) {
       if (i == pcs.size()) break;
       text = &known[pcs[i++]];
+      last.clear();
       continue;
     }
     const std::string function = plain_name(buffer);
@@ -76,7 +85,8 @@ void read_lines(const char* file, uintptr_t bias, const std::vector<uintptr_t>& 
     std::string line = buffer;
     line = line.substr(line.rfind('/') + 1);
     line = line.substr(0, line.find_first_of(" \n"));
-    if (!ours(function, line)) *text += (text->empty() ? "" : " < ") + function + " " + line;
+    if (!ours(function, line) && function != last) *text += (text->empty() ? "" : " < ") + without_namespaces(function) + " " + line;
+    last = function;  // the parts of a split function stand inside one another
   }
   std::free(buffer);
   pclose(pipe);
@@ -117,9 +127,11 @@ std::string stack_text(void* frame) {
   for (auto** f = static_cast<void**>(frame); f && f[0] && f[1]; f = static_cast<void**>(f[0])) {
     pcs.push_back(reinterpret_cast<uintptr_t>(f[1]));
   }
-  std::string text;
+  std::string text, last;
   for (const std::string& step : where(pcs)) {
-    if (!step.empty()) text += (text.empty() ? "" : " < ") + step;
+    const std::string function = step.substr(0, step.rfind(' '));  // of a split function both parts are on the stack
+    if (!step.empty() && function != last) text += (text.empty() ? "" : " < ") + step;
+    last = function;
   }
   return text;
 }

@@ -19,7 +19,7 @@ constexpr uint64_t marks(Kind kind) {
 constexpr const char* verb(Kind kind) {
   if (reads(kind)) return "reads";
   if (kind == Kind::kAtomicUpdate) return "updates";
-  return kind == Kind::kCopyIssue ? "copies (cp.async) to" : "writes";
+  return kind == Kind::kCopyIssue ? "copies to" : "writes";
 }
 
 struct Access {
@@ -46,7 +46,7 @@ std::string place(const Access& a, uintptr_t p) { return a.region.name + " + " +
 }
 
 [[noreturn, gnu::noinline]] void too_early(Kind kind, const Access& a, uintptr_t p, const Cell& c) {
-  a.m.stop(std::string("too early: ") + verb(kind) + " " + place(a, p) + ", where a cp.async of " + describe(c.write) +
+  a.m.stop(std::string("too early: ") + verb(kind) + " " + place(a, p) + ", where a copy by " + describe(c.write) +
            " has not been waited for\n  there   " + where(image_base + c.write_site));
 }
 
@@ -189,8 +189,8 @@ void volatile_hook(void* address, unsigned bytes, uintptr_t site) {
   const auto p = reinterpret_cast<uintptr_t>(address);
   if (!m || p - m->stacks < kStacks) return;
   if (checks) check<kind>(*m, p, bytes, bytes, site);
-  order_atomic(p);
   if (reads(kind)) m->give_way(false);
+  const AtomicOrder order(p);
 }
 
 }  // namespace

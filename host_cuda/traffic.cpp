@@ -37,11 +37,6 @@ struct Tallies {
 auto& all = *new std::map<Chain, Tallies>;
 std::mutex all_mutex;
 
-struct Range {
-  uintptr_t p;
-  unsigned bytes;
-};
-
 // Shared memory has 32 banks of 4 bytes. Accesses of 8 bytes go by half warps, of 16 by quarters. In each of these
 // phases, the bank of which most different words are wanted sets the time.
 void count_banks(const std::array<Range, 32>& lane, Tally& tally) {
@@ -139,62 +134,73 @@ bool traffic_wanted() {
 }
 
 void Traffic::note(Machine& m, bool shared, uintptr_t p, unsigned bytes, uintptr_t site) {
-  const int w = m.now->warp, l = m.now->lane;
-  Last& before = last[w][l];
-  if (before.first_site) {  // is this the next part of the same vector?
-    Group& g = sites[w][before.first_site].groups[before.group];
-    Vector& v = g.lane[l];
-    const unsigned joined = v.bytes + bytes;
-    const unsigned span = joined > 8 ? 16 : 8;
-    if (p == v.p + v.bytes && g.shared == shared && joined <= 16 && v.p / span == (p + bytes - 1) / span &&
-        v.pieces < kMaxPieces && (g.sites[v.pieces] == 0 || g.sites[v.pieces] == site)) {
-      g.sites[v.pieces] = site;
-      v.sizes[v.pieces++] = uint8_t(bytes);
-      v.bytes = joined;
-      return;
-    }
-  }
-  Site& s = sites[w][site];
+  Warp& w = warps[m.now->warp];
+  const int l = m.now->lane;
+  Site& s = w.sites[site];
   const uint32_t time = s.times[l]++;
-  if (s.groups.size() <= time) s.groups.resize(time + 1);
-  Group& g = s.groups[time];
-  g.shared = shared;
-  g.sites[0] = site;
-  Vector& v = g.lane[l];
-  v.p = p;
-  v.bytes = bytes;
-  v.pieces = 1;
-  v.sizes[0] = uint8_t(std::min(bytes, 255u));
-  before = {site, time};
+  if (s.groups.size() <= time) s.groups.push_back(&w.groups.emplace_back(Group{shared, site}));
+  Group* const g = s.groups[time];
+  Group* const before = w.last[l];
+  g->lane[l] = {p, bytes};
+  const bool adjacent = before && before->site != site && before->shared == shared;
+  if (adjacent && before->lane[l].p + before->lane[l].bytes == p) g->before[l] = before;
+  w.last[l] = g;
+}
+
+// The compiler takes the load of a float4 apart: all lanes then go on, at another instruction, where they have just been.
+void Traffic::link(Group& group) {
+  Group* before = nullptr;
+  for (int l = 0; l < 32; ++l) {
+    if (group.lane[l].bytes && !before) before = group.before[l];
+  }
+  if (!before || before->next) return;
+  for (int l = 0; l < 32; ++l) {
+    if (bool(group.lane[l].bytes) != bool(before->lane[l].bytes)) return;
+    if (group.lane[l].bytes && group.before[l] != before) return;
+  }
+  before->next = &group;
+  group.follows = true;
+}
+
+// Counts the access with those that follow it, as far as they make one vector; returns the first one not counted.
+const Traffic::Group* Traffic::count(const Group* group) {
+  std::vector<const Group*> chain;
+  std::array<Range, 32> lanes = {};
+  size_t length = 1;
+  for (const Group* g = group; g && chain.size() < 16; g = g->next) {
+    chain.push_back(g);
+    unsigned widest = 0;
+    uintptr_t all = 0;
+    for (int l = 0; l < 32; ++l) {
+      lanes[l] = {group->lane[l].p, lanes[l].bytes + g->lane[l].bytes};
+      widest = std::max(widest, lanes[l].bytes);
+      if (lanes[l].bytes) all |= lanes[l].p;
+    }
+    if ((widest == 4 || widest == 8 || widest == 16) && all % widest == 0) length = chain.size();
+  }
+  std::vector<uintptr_t> sites;
+  for (size_t i = 0; i < length; ++i) sites.push_back(chain[i]->site);
+  lanes = {};
+  for (size_t i = 0; i < length; ++i) {
+    for (int l = 0; l < 32; ++l) lanes[l] = {group->lane[l].p, lanes[l].bytes + chain[i]->lane[l].bytes};
+  }
+  Tallies& t = all[{group->shared, sites}];
+  t.apart.resize(length);
+  host::count(group->shared, lanes, t.joined);
+  for (size_t i = 0; i < length; ++i) host::count(group->shared, chain[i]->lane, t.apart[i]);
+  return chain[length - 1]->next;
 }
 
 void Traffic::flush(int warp) {
+  Warp& w = warps[warp];
   const std::lock_guard lock(all_mutex);
-  for (const auto& [site, record] : sites[warp]) {
-    for (const Group& g : record.groups) {
-      int pieces = 0;
-      std::array<Range, 32> lanes = {};
-      for (int l = 0; l < 32; ++l) {
-        lanes[l] = {g.lane[l].p, g.lane[l].bytes};
-        pieces = std::max<int>(pieces, g.lane[l].pieces);
-      }
-      Tallies& t = all[{g.shared, {g.sites.begin(), g.sites.begin() + pieces}}];
-      t.apart.resize(pieces);
-      count(g.shared, lanes, t.joined);
-      for (int i = 0; i < pieces && pieces > 1; ++i) {
-        std::array<Range, 32> part = {};
-        for (int l = 0; l < 32; ++l) {
-          uintptr_t p = g.lane[l].p;
-          for (int j = 0; j < i; ++j) p += g.lane[l].sizes[j];
-          if (i < g.lane[l].pieces) part[l] = {p, g.lane[l].sizes[i]};
-        }
-        count(g.shared, part, t.apart[i]);
-      }
-      if (pieces == 1) t.apart[0] = t.joined;
-    }
+  for (Group& g : w.groups) link(g);
+  for (const Group& g : w.groups) {
+    for (const Group* rest = g.follows ? nullptr : &g; rest;) rest = count(rest);
   }
-  sites[warp].clear();
-  last[warp] = {};
+  w.groups.clear();
+  w.sites.clear();
+  w.last = {};
 }
 
 void Traffic::flush_all() {

@@ -53,7 +53,7 @@ __global__ void global_past_end(float* y, const float* x) {
 
 __global__ void global_before(float* y, const float* x) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
-  y[errs() ? -2 : i] = x[i];  // at
+  y[errs() ? -1 : i] = x[i];  // at
 }
 
 __global__ void unregistered(float* y, const float* x) {
@@ -96,9 +96,11 @@ __global__ void index_overflow(float* y, const float* x) {
 __global__ void missing_barrier(float* y, const float* x) {
   __shared__ float tile[kThreads];
   const int i = threadIdx.x;
-  tile[i] = x[i];  // there
+  tile[i] = 0.0f;
+  __syncthreads();
+  tile[i] = x[i];  // at
   if (blockIdx.x < 2) __syncthreads();
-  y[blockIdx.x * kThreads + i] = tile[(i + 27) % kThreads];  // at
+  y[blockIdx.x * kThreads + i] = tile[i == 37 ? 5 : i];  // there
 }
 
 __global__ void missing_second_barrier(float* y, const float* x) {
@@ -108,7 +110,7 @@ __global__ void missing_second_barrier(float* y, const float* x) {
   for (int round = 0; round < 2; ++round) {
     tile[i] = x[i];  // at
     __syncthreads();
-    sum += tile[(i + 32) % kThreads];  // there
+    sum += tile[i == 37 ? 5 : i];  // there
     if (blockIdx.x < 2) __syncthreads();
   }
   y[blockIdx.x * kThreads + i] = sum;
@@ -121,7 +123,7 @@ __global__ void missing_warp_sync(float* y, const float* x) {
   __syncthreads();
   tile[i] = x[i];  // there
   if (blockIdx.x < 2) __syncwarp();
-  y[blockIdx.x * kThreads + i] = tile[i < 37 ? i : i - 1];  // at
+  y[blockIdx.x * kThreads + i] = tile[i == 37 ? 36 : i];  // at
 }
 
 __global__ void shuffle_is_no_sync(float* y, const float* x) {
@@ -132,7 +134,7 @@ __global__ void shuffle_is_no_sync(float* y, const float* x) {
   tile[i] = x[i];  // there
   const float other = __shfl_sync(~0u, x[i], 0);
   if (blockIdx.x < 2) __syncwarp();
-  y[blockIdx.x * kThreads + i] = other + tile[i < 37 ? i : i - 1];  // at
+  y[blockIdx.x * kThreads + i] = other + tile[i == 37 ? 36 : i];  // at
 }
 
 __global__ void blocks_collide(float* y, const float* x) {
@@ -232,10 +234,10 @@ __global__ void copies(float* y, const float* x) {
   if (kForgotten != kCommit) cp_async_commit();
   cp_async<4>(&tile[1][i], &x[i]);  // there
   if (kForgotten != kCommit) cp_async_commit();
-  if (kForgotten != kWait || i != 37) cp_async_wait<kForgotten == kEnoughWait ? 1 : 0>();
+  if (kForgotten != kWait || !errs()) cp_async_wait<kForgotten == kEnoughWait ? 1 : 0>();
   if (kForgotten != kBarrierAfterWait) __syncthreads();
-  const int from = kForgotten == kBarrierAfterWait ? (i + 27) % kThreads : i;
-  if (i == 37) y[blockIdx.x * kThreads + i] = tile[1][from];  // at
+  const int from = kForgotten == kBarrierAfterWait ? 5 : i;
+  if (errs()) y[blockIdx.x * kThreads + i] = tile[1][from];  // at
 }
 
 __global__ void mbarrier_not_made(float* y, const float*) {

@@ -96,15 +96,17 @@ void check_sums(int rows, int columns) {
   const auto x = tensor<float>(size_t(rows) * columns);
   std::vector<float> y(rows, NAN), total = {0.0f, NAN, NAN}, partial(x.size() / kSumBlock + 1, NAN);
   std::vector<unsigned> counter = {0};
-  std::vector<int> locked = {0, 0};
+  std::vector<int> locked = {0, 0}, handed = {0, 0};
   const auto rx = registered(x, "x"), ry = registered(y, "y"), rt = registered(total, "total");
   const auto rp = registered(partial, "partial"), rc = registered(counter, "counter"),
              rl = registered(locked, "locked");
+  const auto rh = registered(handed, "handed");
   const int n = rows * columns;
   row_sum(y.data(), x.data(), rows, columns);
   sum(&total[0], x.data(), n);
   for (int i : {1, 2}) sum_by_last(&total[i], x.data(), n, partial.data(), counter.data());
   locked_sum(locked.data(), 5, 70);
+  handed_on(handed.data(), 70);
   double worst = 0, all = 0;
   for (int r = 0; r < rows; ++r) {
     double s = 0;
@@ -115,6 +117,7 @@ void check_sums(int rows, int columns) {
   expect(worst < 1e-4, "row_sum", worst);
   expect(std::abs(all - total[0]) < 1e-3, "sum with atomicAdd", std::abs(all - total[0]));
   expect(std::abs(all - total[1]) < 1e-3 && total[1] == total[2], "sum by the last block", std::abs(all - total[1]));
+  expect(handed[0] == 70 * 69 / 2, "sum handed on by a flag", std::abs(handed[0] - 70 * 69 / 2));
   expect(locked[0] == 350, "sum under a lock", std::abs(locked[0] - 350));
 }
 

@@ -35,6 +35,7 @@ void sum_by_last(float* y, const float* x, int n, float* partial, unsigned* coun
 constexpr int kSumBlock = 256;
 
 void column_sum(float* y, const float* x, int tiles);  // y[i] = Σ x[:, i], [tiles, 128]
+void handed_on(int* y, int threads);                    // y[0] += the numbers of threads, one after another by the flag y[1]
 void locked_sum(int* y, int blocks, int threads);      // y[0] += 1 by every thread, under the lock y[1]
 
 // Each warp instruction on numbers whose answers can be written down.

@@ -67,6 +67,17 @@ __global__ void locked_sum_kernel(int* y) {
   atomicExch(y + 1, 0);
 }
 
+// Each thread adds to y[0] when the flag y[1] says that it is its turn; the last thread comes first.
+__global__ void handed_on_kernel(int* y) {
+  volatile int* const turn = y + 1;
+  while (*turn != int(blockDim.x - threadIdx.x - 1)) {
+  }
+  __threadfence();
+  y[0] += threadIdx.x;
+  __threadfence();
+  *turn = *turn + 1;
+}
+
 }  // namespace
 
 void row_sum(float* y, const float* x, int rows, int columns) {
@@ -76,6 +87,7 @@ void sum_by_last(float* y, const float* x, int n, float* partial, unsigned* coun
   LK_LAUNCH(sum_by_last_kernel, (n + kThreads - 1) / kThreads, kThreads, 0, 0)(y, x, n, partial, counter);
 }
 void locked_sum(int* y, int blocks, int threads) { LK_LAUNCH(locked_sum_kernel, blocks, threads, 0, 0)(y); }
+void handed_on(int* y, int threads) { LK_LAUNCH(handed_on_kernel, 1, threads, 0, 0)(y); }
 void sum(float* y, const float* x, int n) {
   LK_LAUNCH(sum_kernel, (n + kThreads - 1) / kThreads, kThreads, 0, 0)(y, x, n);
 }

@@ -6,7 +6,7 @@ namespace {
 
 __global__ void traffic_kernel(float* y, const float* x) {
   __shared__ float tile[32][32], padded[32][33];
-  __shared__ __align__(16) float4 vectors[64];
+  __shared__ __align__(16) float4 vectors[32];
   const int lane = threadIdx.x;
   float sum = 0.0f;
   for (int r = 0; r < 32; ++r) {
@@ -21,7 +21,7 @@ __global__ void traffic_kernel(float* y, const float* x) {
   sum += tile[2 * lane % 32][lane / 16];  // banks 1 16 1
   const float4 v = vectors[lane];
   sum += v.x + v.y + v.z + v.w;
-  const float4 w = vectors[lane % 2 * 32];
+  const float4 w = vectors[lane % 2];
   sum += w.x + w.y + w.z + w.w;
   sum += x[32 * lane];                                // sectors 1 32 4
   sum += x[lane + 1];                                 // sectors 1 5 4
@@ -29,6 +29,7 @@ __global__ void traffic_kernel(float* y, const float* x) {
   const float4 g = reinterpret_cast<const float4*>(x)[lane];
   sum += g.x + g.y + g.z + g.w;
   y[lane] = sum;
+  __syncwarp();
   cp_async<16>(&vectors[lane], x + 8 * lane);  // sectors 1 32 16
   cp_async_commit();
   cp_async_wait<0>();
