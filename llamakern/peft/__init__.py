@@ -16,6 +16,7 @@ from llamakern.peft.lora import LoRAConfig
 from llamakern.peft.merge import MergeReport, logit_change, merge, merge_report
 from llamakern.peft.methods import METHODS, find_method, register
 from llamakern.peft.official_v1 import load_official_v1, save_official_v1
+from llamakern.peft.official_v2 import load_official_v2
 from llamakern.peft.prompt import PromptConfig
 from llamakern.peft.switching import activate, active, adapters, add, remove
 
@@ -48,6 +49,7 @@ __all__ = [
     "find_method",
     "load",
     "load_official_v1",
+    "load_official_v2",
     "logit_change",
     "merge",
     "merge_report",
