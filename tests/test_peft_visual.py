@@ -127,8 +127,10 @@ def test_a_model_learns_what_only_the_features_say(method):
         Example([1, 7, 10 + int(n)], [False, False, True], False, "", row) for n, row in zip(numbers, rows, strict=True)
     ]
     torch.manual_seed(2)
-    model = peft.apply(base(), method)
-    config = TrainConfig(steps=60, batch_size=16, lr=1e-2, warmup=2, packing=False)
+    model = base()
+    model.lm_head.weight.data.mul_(30)  # a random head's logits are too close to each other to decide anything
+    peft.apply(model, method)
+    config = TrainConfig(steps=120, batch_size=16, lr=2e-2, warmup=2, packing=False)
     result = Trainer(model, examples[:80], config, held_out=examples[80:], quiet=True).train()
     assert result["loss_before"] > 3
     assert result["loss_after"] < 0.3  # ln 4 = 1.39 is the best without them
