@@ -41,10 +41,9 @@ struct Inputs {
     check(gate_.dim() <= 1 && (gate_.numel() == 1 || gate_.numel() == H), op, ": gate must have shape () or (", H,
           "), got ", shape_text(gate_.sizes()));
     gate = as_contiguous(gate_);
-    if (gate.scalar_type() != ScalarType::Float) check_same_dtype(op, "gate", gate, "x", x_);
     for (const auto& [name, t] :
-         {std::pair{"lora_b", &b}, {"prompts", &prompts}, {"prompts_v", &values}, {"gate", &gate}})
-      check_same_dtype(op, name, *t, "lora_a", a);
+         {std::pair{"lora_a", &a}, {"lora_b", &b}, {"prompts", &prompts}, {"prompts_v", &values}, {"gate", &gate}})
+      check_dtype(op, name, *t, ScalarType::Float);
     check_same_device(op, "gate", gate, "x", x_);
     check_angles(op, cos_, sin_, x_);
     x = as_rows(x_);
@@ -72,15 +71,12 @@ struct Inputs {
     sin = as_contiguous(*sin_);
   }
 
-  template <typename T, typename U>
-  Excitor<T, U> get(bool interleaved, bool full_width, double scale) const {
-    return {.x = cptr<T>(x.t),
-            .x_row = x.stride,
-            .a = cptr<U>(a),
-            .b = cptr<U>(b),
-            .prompts = cptr<U>(prompts),
-            .values = cptr<U>(values),
-            .gate = cptr<U>(gate),
+  Excitor get(bool interleaved, bool full_width, double scale) const {
+    return {.a = cptr<float>(a),
+            .b = cptr<float>(b),
+            .prompts = cptr<float>(prompts),
+            .values = cptr<float>(values),
+            .gate = cptr<float>(gate),
             .gate_head = gate.numel() == 1 ? 0 : 1,
             .cos = cptr<float>(cos),
             .sin = cptr<float>(sin),
@@ -91,9 +87,9 @@ struct Inputs {
             .N = N,
             .B = B,
             .T_ = T_,
+            .C = C,
             .H = H,
             .D = D,
-            .C = C,
             .P = P,
             .R = R};
   }
@@ -123,17 +119,6 @@ void check_keys(const char* op, const char* name, const Tensor& k, const Tensor&
   check_same_device(op, name, k, "x", x);
 }
 
-// fn<T, U>() for the types of the activations and of the parameters.
-template <typename Fn>
-void dispatch_excitor(const char* op, const Tensor& x, const Inputs& in, const Fn& fn) {
-  dispatch_float(op, "x", x, [&]<typename T>() {
-    if (in.a.scalar_type() == ScalarType::Float)
-      fn.template operator()<T, float>();
-    else
-      fn.template operator()<T, T>();
-  });
-}
-
 Two excitor_keys(const Tensor& x, const Tensor& k_, const Tensor& lora_a, const Tensor& lora_b, const Tensor& prompts,
                  MaybeTensor prompts_v, const Tensor& gate, MaybeTensor cos, MaybeTensor sin, bool interleaved,
                  bool beside, bool full_width, double scale) {
@@ -143,12 +128,14 @@ Two excitor_keys(const Tensor& x, const Tensor& k_, const Tensor& lora_a, const 
   const Tensor k = inner_contiguous(k_);
   const Tensor y = empty({in.B, in.T_, in.H, beside ? 2 * in.D : in.D}, x.scalar_type(), x);
   const Tensor z = empty({in.B * in.T_, in.R}, ScalarType::Float, x);
-  dispatch_excitor(op, x, in, [&]<typename T, typename U>() {
-    ExcitorKeys<T, U> p{.in = in.get<T, U>(interleaved, full_width, scale),
-                        .y = heads<T>(y),
-                        .z = ptr<float>(z),
-                        .k = heads<const T>(k),
-                        .beside = beside};
+  dispatch_float(op, "x", x, [&]<typename T>() {
+    ExcitorKeys<T> p{.in = in.get(interleaved, full_width, scale),
+                     .y = heads<T>(y),
+                     .z = ptr<float>(z),
+                     .x = cptr<T>(in.x.t),
+                     .x_row = in.x.stride,
+                     .k = heads<const T>(k),
+                     .beside = beside};
     join_rows(p.in, p.y, p.k);
     run(p);
   });
@@ -166,22 +153,24 @@ Six excitor_keys_backward(const Tensor& dy_, const Tensor& x, const Tensor& z_, 
   check_shape(op, "z", z_, {in.B * in.T_, in.R});
   check_dtype(op, "z", z_, ScalarType::Float);
   const Tensor dy = inner_contiguous(dy_), z = as_contiguous(z_);
-  const ScalarType type = in.a.scalar_type();
+  constexpr ScalarType type = ScalarType::Float;
   const Tensor dx = want_dx ? empty({in.B, in.T_, in.C}, x.scalar_type(), x) : empty({0}, x.scalar_type(), x);
   const Tensor da = empty({in.R, in.C}, type, x), db = empty({in.H * in.D, in.R}, type, x);
   const Tensor dprompts = empty(prompts.sizes(), type, x);
   const Tensor dprompts_v = prompts_v ? empty(prompts.sizes(), type, x) : empty({0}, type, x);
   const Tensor dgate = empty(gate.sizes(), type, x);
-  dispatch_excitor(op, x, in, [&]<typename T, typename U>() {
-    ExcitorKeysBackward<T, U> p{.in = in.get<T, U>(interleaved, full_width, scale),
-                                .dx = want_dx ? ptr<T>(dx) : nullptr,
-                                .da = ptr<U>(da),
-                                .db = ptr<U>(db),
-                                .dprompts = ptr<U>(dprompts),
-                                .dvalues = prompts_v ? ptr<U>(dprompts_v) : nullptr,
-                                .dgate = ptr<U>(dgate),
-                                .dy = heads<const T>(dy),
-                                .z = cptr<float>(z)};
+  dispatch_float(op, "x", x, [&]<typename T>() {
+    ExcitorKeysBackward<T> p{.in = in.get(interleaved, full_width, scale),
+                             .dx = want_dx ? ptr<T>(dx) : nullptr,
+                             .da = ptr<float>(da),
+                             .db = ptr<float>(db),
+                             .dprompts = ptr<float>(dprompts),
+                             .dvalues = prompts_v ? ptr<float>(dprompts_v) : nullptr,
+                             .dgate = ptr<float>(dgate),
+                             .dy = heads<const T>(dy),
+                             .x = cptr<T>(in.x.t),
+                             .x_row = in.x.stride,
+                             .z = cptr<float>(z)};
     join_rows(p.in, p.dy);
     run(p);
   });

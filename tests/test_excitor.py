@@ -44,10 +44,15 @@ def angles(*shape):
     return {"cos": a.cos(), "sin": a.sin()}
 
 
-def check(inputs, **knobs):
+def check(inputs, floor=1e-6, **knobs):
     check_against_reference(
-        lambda *t: ops.excitor_keys(*t, **knobs), lambda *t: excitor_keys_reference(*t, **knobs), inputs
+        lambda *t: ops.excitor_keys(*t, **knobs), lambda *t: excitor_keys_reference(*t, **knobs), inputs, floor
     )
+
+
+def rounding(dtype):
+    """A floor for gradients of one or a few numbers: how close eager's come to the truth is luck."""
+    return max(1e-6, 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=names)
@@ -79,13 +84,13 @@ def test_switches(switch, dtype, isa):
 @pytest.mark.parametrize("switch", ["half", "none", "full_width"])
 def test_shapes_of_gate_keys_and_prompts(switch, change, dtype):
     B, T, _C, _H, D, *_ = SMALL
-    check(make_inputs(*SMALL, dtype, **change), **turned(B, T, D)[switch])
+    check(make_inputs(*SMALL, dtype, **change), rounding(dtype), **turned(B, T, D)[switch])
 
 
 def test_a_gate_without_a_dimension(dtype):
     inputs = make_inputs(*SMALL, dtype, gates=1)
     inputs[5] = inputs[5].detach()[0].clone().requires_grad_()
-    check(inputs)
+    check(inputs, rounding(dtype))
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -105,7 +110,7 @@ def test_values_of_their_own(switch, batched, dtype, isa):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_parameters_in_float32_beside_narrow_activations(half, isa):
     inputs = make_inputs(*SMALL, half, parameters=torch.float32)
-    check(inputs)
+    check(inputs, rounding(half))
     grads = outputs_and_gradients(ops.excitor_keys, inputs)
     assert [grads[f"d{i}"].dtype for i in range(6)] == [half] * 2 + [torch.float32] * 4
 
@@ -161,7 +166,9 @@ def test_strided_inputs(dtype):
         dy = torch.randn(B, H, T, 2 * D).to(dtype)[..., :D].transpose(1, 2)  # as attention's backward may hand it over
         got = torch.autograd.grad(ours, inputs, dy)
         for one, other in zip(got, torch.autograd.grad(want, plain, dy.contiguous()), strict=True):
-            assert_same_bits(one, other)
+            torch.testing.assert_close(
+                one, other, rtol=2 * torch.finfo(dtype).eps, atol=2e-6
+            )  # other strips, other sums
 
 
 def test_rows_of_a_batch_do_not_touch_each_other(dtype):
@@ -237,8 +244,9 @@ ORDER = ("x", "k", "lora_a", "lora_b", "prompts", "gate")
         ({"prompts": torch.zeros(0, 2, 4)}, ValueError, r"prompts must hold one prompt at least, got \[0, 2, 4\]"),
         ({"prompts_v": torch.zeros(2, 2, 4)}, ValueError, r"prompts_v must have shape \[3, 2, 4\], got \[2, 2, 4\]"),
         ({"gate": torch.zeros(3)}, ValueError, r"gate must have shape \(\) or \(2\), got \[3\]"),
-        ({"gate": torch.zeros(2).half()}, TypeError, "gate must be float32 like x, got float16"),
+        ({"gate": torch.zeros(2).half()}, TypeError, "gate must be float32, got float16"),
         ({"lora_b": torch.zeros(8, 2).half()}, TypeError, "lora_b must be float32 like x, got float16"),
+        ({"lora_a": torch.zeros(2, 8).half()}, TypeError, "lora_a must be float32 like x, got float16"),
         ({"k": torch.zeros(2, 3, 2, 4).half()}, TypeError, "k must be float32 like x, got float16"),
         ({"extra_rope": "q"}, ValueError, r"extra_rope must be one of \('q_only', 'both', 'none'\), got 'q'"),
         ({"extra_rope": "both"}, ValueError, 'cos and sin must be given with extra_rope="both", got None'),
@@ -255,14 +263,18 @@ ORDER = ("x", "k", "lora_a", "lora_b", "prompts", "gate")
 def test_bad_input(changes, error, message):
     tensors = dict(zip(ORDER, (t.detach() for t in make_inputs(2, 3, 8, 2, 4, 3, 2)), strict=True))
     arguments = tensors | changes
+    positional = [arguments.pop(name) for name in ORDER]
     with pytest.raises(error, match=f"excitor_keys: {message}"):
-        ops.excitor_keys(*(arguments.pop(name) for name in ORDER), **arguments)
+        ops.excitor_keys(*positional, **arguments)
 
 
 def test_other_dtypes_and_wide_heads_are_refused():
     inputs = [t.detach().double() for t in make_inputs(2, 3, 8, 2, 4, 3, 2)]
     with pytest.raises(TypeError, match="excitor_keys: x must be float32, bfloat16 or float16, got float64"):
         ops.excitor_keys(*inputs)
+    narrow = [t.detach() for t in make_inputs(2, 3, 8, 2, 4, 3, 2, torch.float16)]
+    with pytest.raises(TypeError, match="excitor_keys: gate must be float16 like lora_a, got float32"):
+        ops.excitor_keys(*narrow[:5], narrow[5].float())
     wide = [t.detach() for t in make_inputs(1, 1, 8, 1, 258, 3, 2)]
     with pytest.raises(ValueError, match="excitor_keys: k must have a head_dim of at most 256, got 258"):
         ops.excitor_keys(*wide)

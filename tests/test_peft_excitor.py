@@ -1,6 +1,4 @@
-"""LLaMA-Excitor: counts, dead settings, starts at the base, decodes from a cache of its keys, trains, takes features."""
-
-import itertools
+"""LLaMA-Excitor: counts, dead settings, starts at the base, a cache of its keys, training, features."""
 
 import pytest
 import torch
@@ -111,7 +109,7 @@ def test_settings_that_cannot_train_are_refused_with_the_reason(values, message)
 def test_what_does_not_fit_the_model():
     with pytest.raises(ValueError, match="excitor: n_layers must be at most the model's 3, got 4"):
         excited(n_layers=4)
-    with pytest.raises(ValueError, match="excitor: head_dim must be at most 128 with extra_rope=\"none\", got 132"):
+    with pytest.raises(ValueError, match='excitor: head_dim must be at most 128 with extra_rope="none", got 132'):
         excited(base(head_dim=132), extra_rope="none")
     with pytest.raises(ValueError, match=r"excitor: features must have shape \(B, Nv, 8\), got \[2, 3, 9\]"):
         excited(visual_dim=8)(X, features=torch.zeros(2, 3, 9))

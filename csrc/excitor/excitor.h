@@ -17,9 +17,9 @@
 //   dA = dzᵀ x                     dx = dz A
 //
 // Shapes: B batch, T tokens, M = B·T, C width, H key heads, D head_dim, P prompts, R rank, N prompts of their own: B
-// or 1. T is the activations' type, U the parameters': T or float.
+// or 1. T is the activations' type; what is learned is float.
 #pragma once
-#include "../common/linear.h"
+#include "../common/types.h"
 
 namespace llamakern {
 
@@ -34,46 +34,47 @@ struct TokenHeads {
   LK_HD T* at(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
 };
 
-// What forward and backward read.
-template <typename T, typename U>
+// What forward and backward read beside x.
 struct Excitor {
-  const T* x;  // [M, C]  row stride x_row
-  int64_t x_row;
-  const U* a;           // [R, C]
-  const U* b;           // [H, D, R]
-  const U* prompts;     // [N, P, H, D]
-  const U* values;      // [N, P, H, D]  prompts again where they are keys and values
-  const U* gate;        // [H], or one for all heads: then gate_head is 0
-  int64_t gate_head;    // stride
-  const float* cos;     // [T, D/2] angles by which ρ turns; null: it does not
-  const float* sin;     // likewise
-  int64_t angle_batch;  // stride of the angles over the batch, 0 where all rows share them
-  bool interleaved;     // the pairs that ρ turns: (2i, 2i + 1), or (i, i + D/2)
-  float scale;          // τ·s
-  bool full_width;      // one softmax for all heads
+  const float* a;        // [R, C]
+  const float* b;        // [H, D, R]
+  const float* prompts;  // [N, P, H, D]
+  const float* values;   // [N, P, H, D]  prompts again where they are keys and values
+  const float* gate;     // [H], or one for all heads: then gate_head is 0
+  int64_t gate_head;     // stride
+  const float* cos;      // [T, D/2] angles by which ρ turns; null: it does not
+  const float* sin;      // likewise
+  int64_t angle_batch;   // stride of the angles over the batch, 0 where all rows share them
+  bool interleaved;      // the pairs that ρ turns: (2i, 2i + 1), or (i, i + D/2)
+  float scale;           // τ·s
+  bool full_width;       // one softmax for all heads
   int64_t N, B, T_, C, H, D, P, R;
 
-  LK_HD float gate_of(int64_t h) const { return to_float(gate[h * gate_head]); }
+  LK_HD float gate_of(int64_t h) const { return gate[h * gate_head]; }
 };
 
-template <typename T, typename U>
+template <typename T>
 struct ExcitorKeys {
-  Excitor<T, U> in;
-  TokenHeads<T> y;        // [B, T, H, D], or with `beside` [B, T, H, 2D]: K, then g·w V  out
-  float* z;               // [M, R]  out: the backward reads it
+  Excitor in;
+  TokenHeads<T> y;  // [B, T, H, D], or with `beside` [B, T, H, 2D]: K, then g·w V  out
+  float* z;         // [M, R]  out: the backward reads it
+  const T* x;       // [M, C]  row stride x_row
+  int64_t x_row;
   TokenHeads<const T> k;  // [B, T, H, D]
   bool beside;
 };
 
-template <typename T, typename U>
+template <typename T>
 struct ExcitorKeysBackward {
-  Excitor<T, U> in;
-  T* dx;                   // [M, C]  out, or null
-  U *da, *db;              // [R, C], [H, D, R]  out
-  U *dprompts, *dvalues;   // [N, P, H, D]  out; dvalues is null where prompts are keys and values
-  U* dgate;                // [H] or [1]  out
-  TokenHeads<const T> dy;  // [B, T, H, D]  gradient of what was added to K
-  const float* z;          // [M, R]
+  Excitor in;
+  T* dx;                      // [M, C]  out, or null
+  float *da, *db;             // [R, C], [H, D, R]  out
+  float *dprompts, *dvalues;  // [N, P, H, D]  out; dvalues is null where prompts are keys and values
+  float* dgate;               // [H] or [1]  out
+  TokenHeads<const T> dy;     // [B, T, H, D]  gradient of what was added to K
+  const T* x;                 // [M, C]  row stride x_row
+  int64_t x_row;
+  const float* z;  // [M, R]
 };
 
 }  // namespace llamakern

@@ -13,8 +13,7 @@ struct ExcitorSums {
   Scratch<double> gates;      // [task][head]
   Scratch<float> dz;          // [softmax][M][R]
 
-  template <typename T, typename U>
-  ExcitorSums(const Excitor<T, U>& p, const ExcitorTasks& tasks)
+  ExcitorSums(const Excitor& p, const ExcitorTasks& tasks)
       : heads(p.full_width ? p.H : 1),
         rows(padded_rows(p.P)),
         D(round_up(p.D, kWide)),
@@ -29,18 +28,18 @@ struct ExcitorSums {
 };
 
 // Works through the strips of one task.
-template <int MV, typename T, typename U>
+template <int MV, typename T>
 struct ExcitorTask {
   static constexpr int64_t kWide = kWidth<MV>;
-  const ExcitorKeysBackward<T, U>& p;
-  const Excitor<T, U>& in = p.in;
+  const ExcitorKeysBackward<T>& p;
+  const Excitor& in = p.in;
   const int64_t b, s, task;
-  PromptHeads<MV, T, U> prompts;
+  PromptHeads<MV> prompts;
   ExcitorSums<MV>& sums;
   // [.][kWide tokens]: z, w, Σ g·d Vᵀ and then du, d Vᵀ, d; and [channels or ranks / kWide][token][kWide]: d, z
   Scratch<uint32_t> z, w, du, along, d, d_rows, z_rows;
 
-  ExcitorTask(const ExcitorKeysBackward<T, U>& p, const ExcitorTasks& tasks, int64_t task, ExcitorSums<MV>& sums)
+  ExcitorTask(const ExcitorKeysBackward<T>& p, const ExcitorTasks& tasks, int64_t task, ExcitorSums<MV>& sums)
       : p(p),
         b(tasks.batch(task)),
         s(tasks.softmax(task)),
@@ -133,11 +132,10 @@ static void add_up(uint32_t* out, int64_t n, int64_t tasks, const Part& part) {
 }
 
 // dP, dV, dB and dg of one head from the sums of the tasks.
-template <int MV, typename T, typename U>
-static void finish_head(const ExcitorKeysBackward<T, U>& p, const ExcitorTasks& tasks, ExcitorSums<MV>& sums,
-                        int64_t h) {
+template <int MV, typename T>
+static void finish_head(const ExcitorKeysBackward<T>& p, const ExcitorTasks& tasks, ExcitorSums<MV>& sums, int64_t h) {
   constexpr int64_t width = kWidth<MV>;
-  const Excitor<T, U>& in = p.in;
+  const Excitor& in = p.in;
   const int64_t rows = sums.rows, s = in.full_width ? 0 : h, head = in.full_width ? h : 0;
   const int64_t each = in.N == 1 ? in.B : 1, parts = each * tasks.groups;
   const float g = in.gate_of(h);
@@ -162,7 +160,7 @@ static void finish_head(const ExcitorKeysBackward<T, U>& p, const ExcitorTasks& 
         for_vectors(left, [&](int64_t d, auto there) {
           const Vec key = load(floats(keys) + i * width + d, there) * in.scale;
           const Vec value = load(floats(values) + (c * rows + i * width) + d, there) * g;
-          U* out = p.dprompts + at + i * in.H * in.D + d;
+          float* out = p.dprompts + at + i * in.H * in.D + d;
           store(out, p.dvalues ? key : key + value, there);
           if (p.dvalues) store(p.dvalues + (out - p.dprompts), value, there);
         });
@@ -173,8 +171,8 @@ static void finish_head(const ExcitorKeysBackward<T, U>& p, const ExcitorTasks& 
                min64(in.R - r, width), [&](Vec sum) { return sum * in.scale; });
 }
 
-template <int MV, typename T, typename U>
-static void finish_gate(const ExcitorKeysBackward<T, U>& p, const ExcitorTasks& tasks, ExcitorSums<MV>& sums) {
+template <int MV, typename T>
+static void finish_gate(const ExcitorKeysBackward<T>& p, const ExcitorTasks& tasks, ExcitorSums<MV>& sums) {
   double total = 0.0;
   for (int64_t h = 0; h < p.in.H; ++h) {
     if (p.in.gate_head) total = 0.0;
@@ -183,13 +181,13 @@ static void finish_gate(const ExcitorKeysBackward<T, U>& p, const ExcitorTasks& 
         const int64_t task = tasks.index(b, p.in.full_width ? 0 : h, group);
         total += sums.gates[task * sums.heads + (p.in.full_width ? h : 0)];
       }
-    p.dgate[h * p.in.gate_head] = from_float<U>(float(total));
+    p.dgate[h * p.in.gate_head] = float(total);
   }
 }
 
 // dx = dz A, if it is wanted, and dA = dzᵀ x.
-template <typename T, typename U>
-static void finish_projection(const ExcitorKeysBackward<T, U>& p, const float* dz) {
+template <typename T>
+static void finish_projection(const ExcitorKeysBackward<T>& p, const float* dz) {
   using W = Words<T>;
   const int64_t M = p.in.B * p.in.T_, R = p.in.R, C = p.in.C;
   if (p.dx)
@@ -197,7 +195,7 @@ static void finish_projection(const ExcitorKeysBackward<T, U>& p, const float* d
       Scratch<uint32_t> lanes(packed_size<W, MV>(M, R));
       pack_rows<W, MV>(lanes, dz, R, M, R);
       gemm<W, MV, Panel::kByWord>(M, C, StoreTokens<MV, T>{p.dx, M, C, {}},
-                                  Segment{lanes, words_of<W>(R), DenseColumns<W, U>{p.in.a, C, R}});
+                                  Segment{lanes, words_of<W>(R), DenseColumns<W, float>{p.in.a, C, R}});
     });
   with_strips(R, [&]<int MV>() {
     Scratch<uint32_t> lanes(packed_size<W, MV>(R, M));
@@ -207,20 +205,19 @@ static void finish_projection(const ExcitorKeysBackward<T, U>& p, const float* d
       unpack_lanes(p.da + r * C + k, C, c, kWidth<MV>, rows, min64(R - r, kWidth<MV>),
                    [](int64_t, int64_t, Vec sum) { return sum; });
     };
-    gemm<W, MV, Panel::kByWord>(R, C, store_da,
-                                Segment{lanes, words_of<W>(M), DenseColumns<W, T>{p.in.x, p.in.x_row, M}});
+    gemm<W, MV, Panel::kByWord>(R, C, store_da, Segment{lanes, words_of<W>(M), DenseColumns<W, T>{p.x, p.x_row, M}});
   });
 }
 
-template <typename T, typename U>
-static void excitor_keys_backward(const ExcitorKeysBackward<T, U>& p) {
-  const Excitor<T, U>& in = p.in;
-  with_strips(in.T_, [&]<int MV>() {
+template <typename T>
+static void excitor_keys_backward(const ExcitorKeysBackward<T>& p) {
+  const Excitor& in = p.in;
+  with_token_strips(in.T_, [&]<int MV>() {
     const ExcitorTasks tasks(in, kWidth<MV>);
     ExcitorSums<MV> sums(in, tasks);
     parallel_for(tasks.count(in.B), [&](int64_t task) {
       const int64_t first = tasks.begin(task % tasks.groups), end = tasks.begin(task % tasks.groups + 1);
-      ExcitorTask<MV, T, U> work(p, tasks, task, sums);
+      ExcitorTask<MV, T> work(p, tasks, task, sums);
       for (int64_t strip = first; strip < end; ++strip) work.strip(strip * kWidth<MV>, strip > first);
     });
     parallel_for(in.H, [&](int64_t h) { finish_head<MV>(p, tasks, sums, h); });
@@ -238,12 +235,8 @@ static void excitor_keys_backward(const ExcitorKeysBackward<T, U>& p) {
   });
 }
 
-#define LK_EXCITOR_KERNEL(T, U) \
-  static const File<ExcitorKeysBackward<T, U>> excitor_b_##T##_##U(kThisIsa, &excitor_keys_backward)
-LK_EXCITOR_KERNEL(float, float);
-LK_EXCITOR_KERNEL(bfloat16, bfloat16);
-LK_EXCITOR_KERNEL(bfloat16, float);
-LK_EXCITOR_KERNEL(float16, float16);
-LK_EXCITOR_KERNEL(float16, float);
+LK_KERNEL(ExcitorKeysBackward<float>, excitor_keys_backward);
+LK_KERNEL(ExcitorKeysBackward<bfloat16>, excitor_keys_backward);
+LK_KERNEL(ExcitorKeysBackward<float16>, excitor_keys_backward);
 
 }  // namespace llamakern::LK_ISA

@@ -4,22 +4,22 @@
 namespace llamakern::LK_ISA {
 
 // z = x Aᵀ
-template <typename T, typename U>
-static void project(float* z, const Excitor<T, U>& p) {
+template <typename T>
+static void project(const ExcitorKeys<T>& p) {
   using W = Words<T>;
-  const int64_t M = p.B * p.T_;
+  const int64_t M = p.in.B * p.in.T_, C = p.in.C, R = p.in.R;
   with_strips(M, [&]<int MV>() {
-    Scratch<uint32_t> lanes(packed_size<W, MV>(M, p.C));
-    pack_rows<W, MV>(lanes, p.x, p.x_row, M, p.C);
-    gemm<W, MV, Panel::kByRow>(M, p.R, StoreTokens<MV, float>{z, M, p.R, {}},
-                               Segment{lanes, words_of<W>(p.C), DenseRows<W, U>{p.a, p.C, p.C}});
+    Scratch<uint32_t> lanes(packed_size<W, MV>(M, C));
+    pack_rows<W, MV>(lanes, p.x, p.x_row, M, C);
+    gemm<W, MV, Panel::kByRow>(M, R, StoreTokens<MV, float>{p.z, M, R, {}},
+                               Segment{lanes, words_of<W>(C), DenseRows<W, float>{p.in.a, C, C}});
   });
 }
 
 // K' of head h of the tokens from t on, whose mixtures are `extra` [D][kWidth<MV>]. Where g·extra is 0 K keeps its
 // bits.
-template <int MV, typename T, typename U>
-static void store_keys(const ExcitorKeys<T, U>& p, const uint32_t* extra, int64_t b, int64_t t, int64_t h) {
+template <int MV, typename T>
+static void store_keys(const ExcitorKeys<T>& p, const uint32_t* extra, int64_t b, int64_t t, int64_t h) {
   const int64_t tokens = min64(kWidth<MV>, p.in.T_ - t), D = p.in.D;
   const float g = p.in.gate_of(h);
   const T* k = p.k.at(b, t, h);
@@ -34,16 +34,16 @@ static void store_keys(const ExcitorKeys<T, U>& p, const uint32_t* extra, int64_
                [&](int64_t, int64_t, Vec sum) { return sum * g; });
 }
 
-template <typename T, typename U>
-static void excitor_keys(const ExcitorKeys<T, U>& p) {
-  const Excitor<T, U>& in = p.in;
-  project(p.z, in);
-  with_strips(in.T_, [&]<int MV>() {
+template <typename T>
+static void excitor_keys(const ExcitorKeys<T>& p) {
+  const Excitor& in = p.in;
+  project(p);
+  with_token_strips(in.T_, [&]<int MV>() {
     constexpr int64_t width = kWidth<MV>;
     const ExcitorTasks tasks(in, width);
     parallel_for(tasks.count(in.B), [&](int64_t task) {
       const int64_t b = tasks.batch(task), group = task % tasks.groups;
-      PromptHeads<MV, T, U> prompts(in, b, tasks.softmax(task));
+      PromptHeads<MV> prompts(in, b, tasks.softmax(task));
       Scratch<uint32_t> z(in.R * width), w(prompts.rows * width), extra(padded_rows(in.D) * width);
       for (int64_t strip = tasks.begin(group); strip < tasks.begin(group + 1); ++strip) {
         const int64_t t = strip * width;
@@ -59,11 +59,8 @@ static void excitor_keys(const ExcitorKeys<T, U>& p) {
   });
 }
 
-#define LK_EXCITOR_KERNEL(T, U) static const File<ExcitorKeys<T, U>> excitor_##T##_##U(kThisIsa, &excitor_keys)
-LK_EXCITOR_KERNEL(float, float);
-LK_EXCITOR_KERNEL(bfloat16, bfloat16);
-LK_EXCITOR_KERNEL(bfloat16, float);
-LK_EXCITOR_KERNEL(float16, float16);
-LK_EXCITOR_KERNEL(float16, float);
+LK_KERNEL(ExcitorKeys<float>, excitor_keys);
+LK_KERNEL(ExcitorKeys<bfloat16>, excitor_keys);
+LK_KERNEL(ExcitorKeys<float16>, excitor_keys);
 
 }  // namespace llamakern::LK_ISA

@@ -17,13 +17,20 @@ constexpr int64_t kLeastTasks = 32;
 inline float* floats(uint32_t* words) { return reinterpret_cast<float*>(words); }
 inline const float* floats(const uint32_t* words) { return reinterpret_cast<const float*>(words); }
 
+// fn<MV>() with strips of full width, or of one vector for a few tokens.
+template <typename Fn>
+void with_token_strips(int64_t tokens, const Fn& fn) {
+  if (tokens > kLanes) return fn.template operator()<kTileVecs>();
+  fn.template operator()<1>();
+}
+
 // C[row][lane] = (add ? C : 0) + Σ_w A[w][lane]·B[row·RS + w·KS] for `lanes` of the kWidth<MV> lanes that lie in a row
 // of A and C, and for rows up to a whole tile.
 template <int MV, int RS, int KS, int NV = MV>
 void product(int64_t lanes, uint32_t* c, bool add, const uint32_t* a, const uint32_t* b, int64_t rows, int64_t words) {
   constexpr int64_t width = kWidth<MV>;
   if constexpr (NV > 1)
-    if (lanes <= (NV - 1) * kLanes) return product<MV, RS, KS, NV - 1>(lanes, c, add, a, b, rows, words);
+    if (lanes <= kLanes) return product<MV, RS, KS, 1>(lanes, c, add, a, b, rows, words);
   for (int64_t r = 0; r < rows; r += kRows<NV>)
     tile<FloatWords, NV, kRows<NV>, RS, KS>(floats(c + r * width), width, add, a, width, b + r * RS, words);
 }
@@ -38,9 +45,7 @@ inline __attribute__((always_inline)) void for_lanes(const Fn& fn) {
 struct ExcitorTasks {
   int64_t softmaxes, strips, each, groups;  // strips of a batch row, cut into groups of `each`
 
-  template <typename T, typename U>
-  ExcitorTasks(const Excitor<T, U>& p, int64_t width)
-      : softmaxes(p.full_width ? 1 : p.H), strips(ceil_div(p.T_, width)) {
+  ExcitorTasks(const Excitor& p, int64_t width) : softmaxes(p.full_width ? 1 : p.H), strips(ceil_div(p.T_, width)) {
     const int64_t most = max64(1, min64(strips, ceil_div(kLeastTasks, max64(1, p.B * softmaxes))));
     each = max64(1, ceil_div(strips, most));
     groups = ceil_div(strips, each);  // none is empty
@@ -53,27 +58,26 @@ struct ExcitorTasks {
 };
 
 // out [P][kHeadStride]: one head of the prompts [P, H, D], and rows of 0 up to whole tiles.
-template <typename T, typename U>
-void pack_prompts(uint32_t* out, const Excitor<T, U>& p, const U* prompts, int64_t n, int64_t h) {
+inline void pack_prompts(uint32_t* out, const Excitor& p, const float* prompts, int64_t n, int64_t h) {
   for (int64_t i = 0; i < padded_rows(p.P); ++i) {
     float* row = floats(out + i * kHeadStride);
     memset(row, 0, size_t(padded_rows(p.D)) * 4);
     if (i >= p.P) continue;
-    const U* from = prompts + ((n * p.P + i) * p.H + h) * p.D;
+    const float* from = prompts + ((n * p.P + i) * p.H + h) * p.D;
     for_vectors(p.D, [=](int64_t d, auto there) { store(row + d, load(from + d, there), there); });
   }
 }
 
 // The prompts of softmax s of batch row b: keys folded with B, values by head.
-template <int MV, typename T, typename U>
+template <int MV>
 struct PromptHeads {
   static constexpr int64_t kWide = kWidth<MV>;
-  const Excitor<T, U>& p;
+  const Excitor& p;
   int64_t first, heads;              // those that share the softmax
   int64_t rows;                      // of memory for P prompts
   Scratch<uint32_t> panels, folded;  // [heads][rows][kHeadStride] values, [R / kWide][rows][kWide] W
 
-  PromptHeads(const Excitor<T, U>& p, int64_t b, int64_t s)
+  PromptHeads(const Excitor& p, int64_t b, int64_t s)
       : p(p),
         first(p.full_width ? 0 : s),
         heads(p.full_width ? p.H : 1),
@@ -118,8 +122,8 @@ struct PromptHeads {
 };
 
 // Turns the channels [D][kWidth<MV>] of a strip by its tokens' angles, or back where sign is -1.
-template <int MV, typename T, typename U>
-void turn_lanes(uint32_t* channels, const Excitor<T, U>& p, int64_t b, int64_t t, float sign) {
+template <int MV>
+void turn_lanes(uint32_t* channels, const Excitor& p, int64_t b, int64_t t, float sign) {
   constexpr int64_t width = kWidth<MV>;
   const int64_t half = p.D / 2;
   Scratch<uint32_t> cos(half * width), sin(half * width);

@@ -61,6 +61,8 @@ def excitor_keys(
     if dtype is not None:
         x, k = x.to(dtype), k.to(dtype)
     k = _spread(k, prompts)
+    if lora_a.dtype != torch.float32:
+        lora_a, lora_b, prompts, prompts_v, gate = _widened(x, lora_a, lora_b, prompts, prompts_v, gate)
     score_scale = _default_scale(prompts, prompt_attention) if score_scale is None else score_scale
     turned = extra_rope == "both"
     call = _recorded if wants_grad(x, k, lora_a, lora_b, prompts, prompts_v, gate) else _raw
@@ -84,7 +86,7 @@ def excitor_keys_reference(
         for t in (prompts, prompts if prompts_v is None else prompts_v)
     )
     e = low_rank_scale * ((x @ lora_a.T.to(x.dtype)) @ lora_b.T.to(x.dtype)).view(B, T, H, D)
-    scores = torch.einsum("bthd,nphd->bhtp", e, p.expand(B, -1, -1, -1)).to(wide) * score_scale
+    scores = torch.einsum("bthd,bphd->bhtp", e, p.expand(B, -1, -1, -1)).to(wide) * score_scale
     if prompt_attention == "full_width":
         scores = scores.sum(1, keepdim=True).expand(-1, H, -1, -1)
     mixture = torch.einsum("bhtp,bphd->bthd", scores.softmax(-1).to(x.dtype), v.expand(B, -1, -1, -1))
@@ -104,6 +106,16 @@ def _check_choices(extra_rope, layout, prompt_attention, cos):
             raise ValueError(f"excitor_keys: {name} must be one of {choices}, got {value!r}")
     if extra_rope == "both" and cos is None:
         raise ValueError('excitor_keys: cos and sin must be given with extra_rope="both", got None')
+
+
+def _widened(x, lora_a, *others):
+    """The parameters in float32, which is what the kernels read; they are small."""
+    for name, t in zip(("lora_a", "lora_b", "prompts", "prompts_v", "gate"), (lora_a, *others), strict=True):
+        if t is not None and t.dtype != (x if name == "lora_a" else lora_a).dtype:
+            like = ("x", x) if name == "lora_a" else ("lora_a", lora_a)
+            names = [str(d).removeprefix("torch.") for d in (like[1].dtype, t.dtype)]
+            raise TypeError(f"excitor_keys: {name} must be {names[0]} like {like[0]}, got {names[1]}")
+    return [None if t is None else t.float() for t in (lora_a, *others)]
 
 
 def _default_scale(prompts, prompt_attention):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from llamakern.peft.base import Method, Parts, count_trainable, trainable
+from llamakern.peft.excitor import ExcitorConfig
 from llamakern.peft.files import load, save
 from llamakern.peft.lora import LoRAConfig
 from llamakern.peft.merge import MergeReport, logit_change, merge, merge_report
@@ -27,6 +28,7 @@ def apply(model: nn.Module, config: Method | Sequence[Method], *, name: str = "d
 
 __all__ = [
     "METHODS",
+    "ExcitorConfig",
     "LoRAConfig",
     "MergeReport",
     "Method",

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from llamakern.peft.base import Method
+from llamakern.peft.excitor import ExcitorConfig
 from llamakern.peft.lora import LoRAConfig
 
-METHODS: dict[str, type[Method]] = {"lora": LoRAConfig, "qlora": LoRAConfig}
+METHODS: dict[str, type[Method]] = {"lora": LoRAConfig, "qlora": LoRAConfig, "excitor": ExcitorConfig}
 
 
 def register(kind: type[Method]) -> type[Method]:

@@ -116,9 +116,9 @@ void check_excitor(const Case& is) {
                          .N = 1,
                          .B = kB,
                          .T_ = kT,
+                         .C = kC,
                          .H = kH,
                          .D = kD,
-                         .C = kC,
                          .P = kP,
                          .R = kR};
   std::vector<T> y(kM * kH * kD), dx(kM * kC), da(kR * kC), db(kH * kD * kR), dp(kP * kH * kD), dv(kP * kH * kD),
