@@ -1,5 +1,7 @@
 """LLaMA-Excitor: counts, dead settings, starts at the base, a cache of its keys, training, features."""
 
+import math
+
 import pytest
 import torch
 from compare import assert_same_bits
@@ -295,10 +297,12 @@ def held_out(model, features):
 
 def test_features_are_used_to_answer(copier):
     before = held_out(copier, features=False)
-    assert 1.3 < before < 1.6  # log 4 and a little
-    model = peft.apply(copier, ExcitorConfig(n_layers=2, visual_dim=12, gate_init="0.3"))
+    chance = math.log(4)
+    assert chance < before < 2.1
+    model = peft.apply(copier, ExcitorConfig(n_layers=2, visual_dim=12))
     trained(model, 200, 1e-2, lambda step: copying(step, 32))
-    assert held_out(model, features=True) < 0.5 < 1.2 < held_out(model, features=False)
+    assert held_out(model, features=True) < 0.7
+    assert held_out(model, features=False) > chance
     tokens, labels, shown = copying(10**6, 64)
     answers = generate(model, tokens, max_new_tokens=1, features=shown)[:, -1]
     assert (answers == labels[:, -1]).float().mean() > 0.8
@@ -319,11 +323,10 @@ def test_held_out_loss_falls(copier):
             return model.loss(*first_letter(10**6, 256)[:2]).item()
 
     before = loss(copier)
-    model = peft.apply(copier, [ExcitorConfig(n_layers=2), LoRAConfig(rank=2, targets=("q_proj",))])
-    peft.remove(model, "default")
-    model = peft.apply(copier, ExcitorConfig(n_layers=2, gate_init="0.3"))
-    trained(model, 150, 1e-2, lambda step: first_letter(step, 32))
-    after = loss(model)
-    peft.remove(model, "default")
-    assert loss(copier) == before
-    assert after < before - 0.3
+    for beside in ([], [LoRAConfig(rank=2, targets=("q_proj", "v_proj"))]):
+        model = peft.apply(copier, [ExcitorConfig(n_layers=2), *beside])
+        trained(model, 100, 1e-2, lambda step: first_letter(step, 32))
+        after = loss(model)
+        peft.remove(model, "default")
+        assert loss(copier) == before
+        assert after < before - 0.3
