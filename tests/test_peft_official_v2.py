@@ -1,4 +1,4 @@
-"""The authors' files of LLaMA-Adapter V2: both layouts, against the same numbers put into an interleaved model by hand."""
+"""The authors' files of LLaMA-Adapter V2: both layouts, against the same numbers in an interleaved model."""
 
 import math
 
@@ -12,7 +12,15 @@ from llamakern.rotary import half_to_interleaved
 
 SIZES = {"dim": 48, "n_layers": 3, "n_heads": 4, "hidden_dim": 40, "vocab_size": 31}
 X = torch.arange(14).reshape(2, 7)
-PARTS = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+PARTS = {
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+    "w1": "gate_proj",
+    "w3": "up_proj",
+    "w2": "down_proj",
+}
 VISUAL = {"visual_dim": 6, "visual_width": 48, "visual_depth": 2, "visual_heads": 1}
 
 
@@ -145,5 +153,5 @@ def test_what_does_not_fit_is_named_and_leaves_the_model_alone(tmp_path):
     (tmp_path / "d.pth").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"must be a whole \.pth of tensors"):
         peft.load_official_v2(half, tmp_path / "d.pth")
-    with pytest.raises(FileNotFoundError, match="path must be the authors' .pth"):
+    with pytest.raises(FileNotFoundError, match=r"path must be the authors' \.pth"):
         peft.load_official_v2(half, tmp_path / "e.pth")

@@ -143,7 +143,7 @@ def test_bad_calls():
     model = peft.apply(base(), METHODS["v1"])
     example = Example([1, 2], [True, True], False, "", torch.zeros(3, 6))
     for call, message in (
-        (lambda: model(X, features=torch.zeros(2, 3, 5)), r"visual: features must have shape \(B, 3, 6\), got \[2, 3, 5"),
+        (lambda: model(X, features=torch.zeros(2, 3, 5)), r"features must have shape \(B, 3, 6\), got \[2, 3, 5"),
         (lambda: model(X, features=torch.zeros(1, 3, 6)), r"model: features must have shape \(2, Nv, Dv\), got \[1, 3"),
         (
             lambda: model(X[:1], features=features()[:1], cu_seqlens=torch.tensor([0, 9], dtype=torch.int32)),

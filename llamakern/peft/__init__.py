@@ -10,6 +10,7 @@ from torch import nn
 from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method, Parts, count_trainable, trainable
+from llamakern.peft.excitor import ExcitorConfig
 from llamakern.peft.files import load, save
 from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
@@ -35,6 +36,7 @@ __all__ = [
     "METHODS",
     "AdapterConfig",
     "AdapterV2Config",
+    "ExcitorConfig",
     "FullConfig",
     "LoRAConfig",
     "MergeReport",
