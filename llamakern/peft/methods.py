@@ -8,6 +8,7 @@ from pathlib import Path
 from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method
+from llamakern.peft.excitor import ExcitorConfig
 from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
 from llamakern.peft.prompt import PromptConfig
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "qlora": LoRAConfig,
     "adapter": AdapterConfig,
     "adapter_v2": AdapterV2Config,
+    "excitor": ExcitorConfig,
     "prompt": PromptConfig,
     "full": FullConfig,
 }
