@@ -1,5 +1,6 @@
 // Sums of the rows of a matrix, as a kernel writer would start: `make run` runs it on this machine's CPU, checked;
-// `make run BUG=1` does so without one barrier; `nvcc -std=c++20 -arch=sm_80 example.cu` makes the same source for a GPU.
+// `make run BUG=1` does so without one barrier; `nvcc -std=c++20 -arch=sm_80 example.cu` makes the same source for a
+// GPU.
 #ifdef __CUDACC__
 #define LAUNCH(kernel, grid, block, bytes, stream) kernel<<<grid, block, bytes, stream>>>
 #else
