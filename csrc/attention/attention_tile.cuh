@@ -103,7 +103,7 @@ LK_DEVICE void put_fragment(T* tile, const float (&x)[kD / 8][4], const float (&
       T* to = tile + (g + 8 * h) * kRow<T, kD> + 8 * j + 2 * t;
       const float first = x[j][2 * h] * factor[h], second = x[j][2 * h + 1] * factor[h];
       if constexpr (sizeof(T) == 2) {
-        *reinterpret_cast<uint32_t*>(to) = narrow_pair<T>(first, second);
+        *reinterpret_cast<uint32_t*>(to) = narrow2<T>(first, second);
       } else {
         *reinterpret_cast<float2*>(to) = float2{first, second};
       }
@@ -206,7 +206,7 @@ struct Left {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = &x[2 * j + i / 2][i % 2 * 2];
-        pairs[j][i] = narrow_pair<T>(pair[0], pair[1]);
+        pairs[j][i] = narrow2<T>(pair[0], pair[1]);
       }
     }
   }

@@ -37,14 +37,6 @@ LK_DEVICE float as_float(uint32_t bits) {
 #endif
 }
 
-LK_DEVICE uint32_t as_bits(float x) {
-#ifdef __CUDACC__
-  return __float_as_uint(x);
-#else
-  return __builtin_bit_cast(uint32_t, x);
-#endif
-}
-
 LK_DEVICE float widen(float x) { return x; }
 LK_DEVICE float widen(bfloat16 x) { return as_float(uint32_t(x.bits) << 16); }
 LK_DEVICE float widen(float16 x) {
@@ -88,21 +80,6 @@ LK_DEVICE float16 narrow<float16>(float x) {
 // Two neighbours in one register, the first in the low half.
 LK_DEVICE uint32_t pack(bfloat16 first, bfloat16 second) { return first.bits | uint32_t(second.bits) << 16; }
 LK_DEVICE uint32_t pack(float16 first, float16 second) { return first.bits | uint32_t(second.bits) << 16; }
-
-template <typename T>
-LK_DEVICE uint32_t narrow_pair(float first, float second) {
-#ifdef __CUDACC__
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  }
-  return pair;
-#else
-  return pack(narrow<T>(first), narrow<T>(second));
-#endif
-}
 
 // ---- math -----------------------------------------------------------------------------------------------------------
 
