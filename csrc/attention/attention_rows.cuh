@@ -80,7 +80,7 @@ LK_DEVICE Tile find_key_tile(const Operands<T>& o, int size, int64_t block) {
 // Row `row` of x, [B, T, H, D], or null.
 template <typename U, typename T>
 LK_DEVICE U* query_row(const Heads<U>& x, const Operands<T>& o, const Tile& tile, int row) {
-  if (row >= tile.rows) return nullptr;
+  if (row >= tile.T * int(o.group.d)) return nullptr;
   const uint32_t t = o.group.quotient(uint32_t(row)), g = uint32_t(row) - t * o.group.d;
   return x.at(tile.b, tile.q_begin + int64_t(t), tile.kv * int64_t(o.group.d) + g);
 }

@@ -61,7 +61,7 @@ bool in_sixteens(const Heads<T>& x) {
 template <typename T, int kD, int kRows, int kThreads, typename RowAt>
 LK_DEVICE void load_tile(T* tile, const Heads<const T>& x, bool sixteens, int D, const RowAt& row_at) {
   constexpr int kChunk = 16 / int(sizeof(T)), kChunks = kD / kChunk;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = int(threadIdx.x); i < kRows * kChunks; i += kThreads) {
     const int r = i / kChunks, d = i % kChunks * kChunk;
     const T* row = row_at(r);
@@ -152,7 +152,7 @@ LK_DEVICE void dot_rows(float (&c)[kM][kN / 8][4], const T* a, const T* b) {
     const int lane = lane_id();
     a += lane % 16 * kRow<T, kD> + lane / 16 * 8;
     b += (lane % 8 + lane / 16 * 8) * kRow<T, kD> + lane / 8 % 2 * 8;
-#pragma unroll
+#pragma unroll 4
     for (int d = 0; d < kD; d += 16) {
       uint32_t x[kM][4];
 #pragma unroll
