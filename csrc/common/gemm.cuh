@@ -311,7 +311,7 @@ using SmallTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTil
 template <typename T>
 bool wants_large(int64_t M, int64_t N) {
   using Tile = LargeTile<T>;
-  return ceil_div(M, Tile::kRows) * ceil_div(N, Tile::kColumns) >= 96;
+  return ceil_div(M, Tile::kRows) * ceil_div(N, Tile::kColumns) >= 64;
 }
 
 // A grid of one block for each tile of C [M][N].

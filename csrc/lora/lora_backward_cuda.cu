@@ -90,7 +90,7 @@ struct Gradient {
   }
 };
 
-constexpr int64_t kPieceTokens = 512, kMostPieces = 16;
+constexpr int64_t kPieceTokens = 256, kMostPieces = 16;
 constexpr int kSumThreads = 256;
 
 template <typename T>

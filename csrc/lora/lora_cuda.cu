@@ -1,5 +1,5 @@
 // LoRA forward on the GPU: h = drop(x) Aᵀ, then y with the adapter as the first term of the base's sums.
-#include "../nf4/nf4_few.cuh"
+#include "../nf4/nf4_stream.cuh"
 #include "lora_tile.cuh"
 
 namespace llamakern::cuda {
@@ -99,7 +99,7 @@ struct Beside {
   }
 };
 
-// y = base + s·h Bᵀ; where the second term is 0 the base's bits stay, -0 included.
+// y = base + s·h Bᵀ; where the second term is 0 the base's bits stay, -0 included, and a NaN's always.
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) lora_beside_kernel(const Beside<T> p) {
   LK_DYNAMIC_SHARED(typename Tile::Shared, shared);
@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) lora_beside_ker
     const int64_t m = at.m + i, n = at.n + j;
     if (m >= p.M || n >= p.N) return;
     const T base = p.base[m * p.N + n];
-    p.y[m * p.N + n] = sum == 0.0f ? base : narrow<T>(p.wide_base(widen(base), m, n) + sum * p.scale);
+    const bool keeps = sum == 0.0f || widen(base) != widen(base);
+    p.y[m * p.N + n] = keeps ? base : narrow<T>(p.wide_base(widen(base), m, n) + sum * p.scale);
   });
 }
 
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kDownThreads) lora_few_down_kernel(const FewDo
   p.h[m * p.R + blockIdx.x] = total * p.drop.keep_scale;
 }
 
-// s·h Bᵀ, a lane's share of it.
+// s·h Bᵀ
 template <typename T>
 struct AdapterTerm {
   const float* h;
@@ -193,77 +194,75 @@ struct AdapterTerm {
   int64_t R;
   float scale;
 
-  LK_DEVICE float operator()(int64_t m, int64_t n, int lane) const {
+  LK_DEVICE float share(int64_t m, int64_t n, int first, int step) const {
     float sum = 0.0f;
-    for (int64_t r = lane; r < R; r += 32) sum = fmaf(h[m * R + r] * scale, b[n * R + r], sum);
+    for (int64_t r = first; r < R; r += step) sum = fmaf(h[m * R + r] * scale, b[n * R + r], sum);
     return sum;
   }
 };
 
 template <typename T>
-void few(const Nf4Linear<T>& p, float* h, const AnyLora<T>& lora, Stream stream) {
-  if (p.M == 0) return;
-  if (lora.R > 0) {
-    const FewDown<T> down{h, p.x, p.x_row, {lora.a, lora.wide_a}, lora.drop, p.M, p.w.K, lora.R};
-    LK_LAUNCH(lora_few_down_kernel<T>, dim3(unsigned(lora.R)), kDownThreads, 0, stream)(down);
-    check_launch("lora_few_down_kernel");
-  }
-  if (p.w.N > 0) nf4_few(p, AdapterTerm<T>{h, {lora.b, lora.wide_b}, lora.R, lora.scale}, stream);
+void few_down(const FewDown<T>& p, Stream stream) {
+  if (p.M * p.R == 0) return;
+  LK_LAUNCH(lora_few_down_kernel<T>, dim3(unsigned(p.R)), kDownThreads, 0, stream)(p);
+  check_launch("lora_few_down_kernel");
 }
 
 // ---------------------------------------------------------------------------- the ops
 
-// h, and what the base's reduction reads of the adapter. Without a workspace it only counts.
+// h = drop(x) Aᵀ
 template <typename T>
-struct Down {
-  Parts<AdapterElement<T>> h, b;
-
-  Down(Pieces& pieces, float* to, const T* x, int64_t x_row, const AnyLora<T>& lora, int64_t M, Stream stream) {
-    const Parts<AdapterElement<T>> a = lora.parts_of_a(pieces, stream);
-    b = lora.parts_of_b(pieces, stream);
-    if (to) lora_narrow<false>(Narrow<T>{to, x, x_row, lora.drop, a, M, lora.R, lora.K, lora.drop.keep_scale}, stream);
-    h = lora.parts_of(pieces, to, M, stream);
-  }
-};
+void down(Pieces& pieces, float* h, const T* x, int64_t x_row, const AnyLora<T>& lora, int64_t M, Stream stream) {
+  const auto a = lora.parts_of_a(pieces, stream);
+  lora_narrow<false>(Narrow<T>{h, x, x_row, lora.drop, a, M, lora.R, lora.K, lora.drop.keep_scale}, stream);
+}
 
 template <typename T, typename P>
 void lora_linear(const LoraLinear<T, P>& p, void* workspace, Stream stream) {
-  const AnyLora<T> lora(p.lora, p.N, p.K);
+  const int64_t M = p.M, N = p.N, K = p.K;
+  const AnyLora<T> lora(p.lora, N, K);
   Pieces pieces(workspace);
-  const Down<T> d(pieces, p.h, p.x, p.x_row, lora, p.M, stream);
+  down(pieces, p.h, p.x, p.x_row, lora, M, stream);
+  const auto b = lora.parts_of_b(pieces, stream), h = lora.parts_of(pieces, p.h, M, stream);
   if (p.base)
-    beside(Beside<T>{p.y, d.h, d.b, p.base, p.x, p.x_row, p.w, p.bias, lora.scale, p.M, p.N, p.K, lora.R}, stream);
+    beside(Beside<T>{p.y, h, b, p.base, p.x, p.x_row, p.w, p.bias, lora.scale, M, N, K, lora.R}, stream);
   else
-    wide(Wide<T, DenseBase<T>>{p.y, d.h, d.b, p.x, p.x_row, {p.w, p.N, p.K}, p.bias, lora.scale, p.M, p.N, p.K, lora.R},
-         stream);
+    wide(Wide<T, DenseBase<T>>{p.y, h, b, p.x, p.x_row, {p.w, N, K}, p.bias, lora.scale, M, N, K, lora.R}, stream);
 }
 
 template <typename T, typename P>
 void nf4_lora_linear(const Nf4LoraLinear<T, P>& p, void* workspace, Stream stream) {
-  const int64_t N = p.w.N, K = p.w.K;
+  const int64_t M = p.M, N = p.w.N, K = p.w.K;
   const AnyLora<T> lora(p.lora, N, K);
-  if (p.M <= kFewTokens) {
-    const Nf4Linear<T> linear{.y = p.y, .x = p.x, .x_row = p.x_row, .w = p.w, .bias = p.bias, .M = p.M};
-    return few(linear, p.h, lora, stream);
-  }
   Pieces pieces(workspace);
-  const Down<T> d(pieces, p.h, p.x, p.x_row, lora, p.M, stream);
-  wide(Wide<T, Nf4Base<T>>{p.y, d.h, d.b, p.x, p.x_row, {p.w}, p.bias, lora.scale, p.M, N, K, lora.R}, stream);
+  if (M <= kFewTokens)
+    few_down(FewDown<T>{p.h, p.x, p.x_row, {lora.a, lora.wide_a}, lora.drop, M, K, lora.R}, stream);
+  else
+    down(pieces, p.h, p.x, p.x_row, lora, M, stream);
+  if (M * N == 0) return;
+  const Nf4Linear<T> linear{.y = p.y, .x = p.x, .x_row = p.x_row, .w = p.w, .bias = p.bias, .M = M};
+  const AdapterTerm<T> term{p.h, {lora.b, lora.wide_b}, lora.R, lora.scale};
+  if (nf4_few_tokens(linear, term, stream)) return;
+  const auto b = lora.parts_of_b(pieces, stream), h = lora.parts_of(pieces, p.h, M, stream);
+  wide(Wide<T, Nf4Base<T>>{p.y, h, b, p.x, p.x_row, {p.w}, p.bias, lora.scale, M, N, K, lora.R}, stream);
 }
 
 template <typename T, typename P>
-int64_t down_bytes(const Lora<P>& lora, int64_t M, int64_t N, int64_t K) {
+int64_t parts_bytes(const Lora<P>& p, int64_t M, int64_t N, int64_t K) {
+  const AnyLora<T> lora(p, N, K);
   Pieces pieces;
-  Down<T>(pieces, nullptr, nullptr, 0, AnyLora<T>(lora, N, K), M, nullptr);
+  lora.parts_of_a(pieces, nullptr);
+  lora.parts_of_b(pieces, nullptr);
+  lora.parts_of(pieces, nullptr, M, nullptr);
   return pieces.bytes();
 }
 template <typename T, typename P>
 int64_t lora_linear_bytes(const LoraLinear<T, P>& p) {
-  return down_bytes<T>(p.lora, p.M, p.N, p.K);
+  return parts_bytes<T>(p.lora, p.M, p.N, p.K);
 }
 template <typename T, typename P>
 int64_t nf4_lora_linear_bytes(const Nf4LoraLinear<T, P>& p) {
-  return down_bytes<T>(p.lora, p.M, p.w.N, p.w.K);
+  return parts_bytes<T>(p.lora, p.M, p.w.N, p.w.K);
 }
 
 #define LK_LORA_KERNELS(T, P)                                                                       \

@@ -8,12 +8,12 @@ namespace llamakern::cuda {
 constexpr int64_t kFewTokens = 8;
 constexpr int kFewThreads = 128, kFewRows = kFewThreads / 32;
 
-// What a plain linear adds to y[m][n], a share from each lane; an adapter adds its own term.
+// What a plain linear adds to y[m][n]. An adapter's term is a sum of which every step-th product makes a share.
 struct NoTerm {
-  LK_DEVICE float operator()(int64_t, int64_t, int) const { return 0.0f; }
+  LK_DEVICE float share(int64_t, int64_t, int, int) const { return 0.0f; }
 };
 
-// y[m][n] = x Wᵀ + Σ_lane term(m, n, lane) + bias for up to kTokens tokens.
+// y[m][n] = x Wᵀ + term(m, n) + bias for up to kTokens tokens.
 template <typename T, int kTokens, typename Term>
 __global__ void __launch_bounds__(kFewThreads) nf4_few_kernel(const Nf4Linear<T> p, const Term term) {
   const int64_t n = int64_t(blockIdx.x) * kFewRows + threadIdx.x / 32, K = p.w.K;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kFewThreads) nf4_few_kernel(const Nf4Linear<T>
   }
 #pragma unroll
   for (int m = 0; m < kTokens; ++m) {
-    if (m < p.M) sum[m] += term(m, n, lane);
+    if (m < p.M) sum[m] += term.share(m, n, lane, 32);
 #pragma unroll
     for (int other = 16; other > 0; other /= 2) sum[m] += __shfl_xor_sync(~0u, sum[m], other);
   }
@@ -57,9 +57,7 @@ __global__ void __launch_bounds__(kFewThreads) nf4_few_kernel(const Nf4Linear<T>
 template <typename T, typename Term>
 void nf4_few(const Nf4Linear<T>& p, const Term& term, Stream stream) {
   const dim3 grid(unsigned(ceil_div(p.w.N, kFewRows)));
-  const auto kernel = p.M == 1   ? nf4_few_kernel<T, 1, Term>
-                      : p.M <= 4 ? nf4_few_kernel<T, 4, Term>
-                                 : nf4_few_kernel<T, kFewTokens, Term>;
+  const auto kernel = p.M == 1 ? nf4_few_kernel<T, 1, Term> : nf4_few_kernel<T, kFewTokens, Term>;
   LK_LAUNCH(kernel, grid, kFewThreads, 0, stream)(p, term);
   check_launch("nf4_few_kernel");
 }

@@ -1,5 +1,5 @@
 // NF4 linear on the GPU: y = x Wᵀ and dx = dy W from the same packed bytes.
-#include "nf4_few.cuh"
+#include "nf4_stream.cuh"
 
 namespace llamakern::cuda {
 
@@ -32,7 +32,7 @@ void launch_linear(const Nf4Linear<T>& p, Stream stream) {
 template <typename T>
 void nf4_linear(const Nf4Linear<T>& p, void*, Stream stream) {
   if (p.M * p.w.N == 0) return;
-  if (p.M <= kFewTokens) return nf4_few(p, NoTerm(), stream);
+  if (nf4_few_tokens(p, NoTerm(), stream)) return;
   if (wants_large<T>(p.M, p.w.N))
     launch_linear<T, LargeTile<T>>(p, stream);
   else
