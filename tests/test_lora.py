@@ -71,6 +71,14 @@ def test_forward_backward(shape, base, dtype, isa):
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("shape", [(1000, 990, 64, 8), (1000, 64, 960, 8)], ids=label)
+def test_large_tiles(shape, base, narrow, isa):
+    """Large enough for the larger tile of a GPU, forward or backward, and for dA and dB in pieces of the tokens."""
+    check(make_case(base, *shape, narrow), scale=0.7)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("shape", [(2, 90, 64, 16), (20, 30, 128, 16)], ids=label)
 def test_float32_adapter_beside_16_bits(shape, base, narrow, isa):
     check(make_case(base, *shape, narrow, torch.float32), scale=2.0)
@@ -204,7 +212,14 @@ def test_scales_and_double_quantisation(base, dtype):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    "shape", [(3, 250, 192, 5), (90, 250, 192, 5), (1030, 250, 192, 5), (65, 1601, 1408, 16)], ids=label
+    "shape",
+    [
+        (3, 250, 192, 5),
+        (90, 130, 128, 5),
+        pytest.param((1030, 250, 192, 5), marks=pytest.mark.large),
+        pytest.param((65, 1601, 1408, 16), marks=pytest.mark.large),
+    ],
+    ids=label,
 )
 def test_equal_bits_for_any_thread_count(shape, base, dtype, isa):
     op, _, inputs = make_case(base, *shape, dtype)
