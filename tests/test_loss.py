@@ -49,6 +49,7 @@ def test_forward_backward(shape, reduction, dtype, isa):
     )
 
 
+@pytest.mark.large
 def test_many_rows(dtype, isa):
     """C and V so large that the rows of dh and dW are cut into panels and pieces of panels."""
     check_against_reference(
@@ -68,6 +69,7 @@ def test_frozen_parts(frozen, reduction, dtype):
         assert_same_bits(one[name], both[name], name)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_several_chunks(dtype, isa):
     """A vocabulary so large that tokens pass in two chunks. For float16 see test_float16_chunks_that_cancel."""
@@ -78,6 +80,7 @@ def test_several_chunks(dtype, isa):
     )
 
 
+@pytest.mark.large
 def test_chunks_add_up():
     """dW of three chunks is the sum over the tokens cut elsewhere; in bfloat16 only P (twice) and dW are rounded."""
     h, w, labels = torch.rand(192, 3).bfloat16().float(), torch.randn(140000, 3).bfloat16().float(), torch.arange(192)
@@ -153,6 +156,7 @@ def test_float16_gradients_of_probabilities(isa):
     torch.testing.assert_close(dh.double(), truth.double(), rtol=2e-3, atol=5)
 
 
+@pytest.mark.large
 def test_float16_chunks_that_cancel(isa):
     """What one chunk adds to dW is beyond float16, the sum of both is not."""
     V, C, half = 132000, 1, 48
