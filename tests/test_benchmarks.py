@@ -160,7 +160,7 @@ def tiny_preset(monkeypatch):
     return config
 
 
-@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+@pytest.mark.parametrize("method", ["qlora", "lora", "adapter", "full"])
 def test_a_step_of_random_weights(tiny_preset, method, tmp_path, capsys):
     words = ["step", "--method", method, "--tokens", "16", "--batch", "2", "--layers", "1", "--double-quant"]
     assert bench(*words, "--json", str(tmp_path)) == 0, capsys.readouterr().err

@@ -173,9 +173,9 @@ class PromptAttention(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.prompts.device.type != "cpu":
             return self.project(dtype, linears)
         weights = [linear.weight for linear in linears]
-        now = (dtype, torch.is_autocast_enabled("cpu"), *((id(w), w.data_ptr(), version(w)) for w in weights))
+        now = (dtype, torch.is_autocast_enabled("cpu"), *((id(w), version(w)) for w in weights))
         if self._kept is None or self._kept[0] != now or not torch.equal(self._kept[1], self.prompts):
-            self._kept = now, self.prompts.clone(), weights, self.project(dtype, linears)
+            self._kept = now, self.prompts.clone(), weights, self.project(dtype, linears)  # whose ids stay theirs
         return self._kept[-1]
 
     def project(self, dtype: torch.dtype, linears: list[nn.Module]) -> tuple[Tensor, ...]:
