@@ -29,14 +29,13 @@ from llamakern.rotary import cos_sin
 class KVCache:
     """Keys and values of every layer, preallocated.
 
-    k, v: one tensor (B, S, Hkv, D) per layer. lengths: int32 (B,), how many keys of each row are valid; while the
-    layers run, the tokens that they are given count too.
+    k, v: one tensor (B, S, Hkv, D) per layer. heads: each layer's (Hkv, D). lengths: int32 (B,), how many keys of each
+    row are valid; while the layers run, the tokens that they are given count too.
     """
 
-    def __init__(self, n_layers: int, batch: int, max_len: int, n_kv_heads: int, head_dim: int, *, dtype, device):
-        shape = (batch, max_len, n_kv_heads, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+    def __init__(self, heads: list[tuple[int, int]], batch: int, max_len: int, *, dtype, device):
+        knobs = {"dtype": dtype, "device": device}
+        self.k, self.v = ([torch.zeros(batch, max_len, *each, **knobs) for each in heads] for _ in range(2))
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.used = 0  # no row is longer: known to the host without asking the device
 
@@ -80,6 +79,7 @@ class AttendContext(NamedTuple):
     q_raw: Tensor | None = None  # (B, T, H, D), before the rotation
     k_raw: Tensor | None = None  # (B, T, Hkv, D), before the rotation
     layer: int = 0
+    scale: float | None = None  # of the scores; None: 1/sqrt(D) of q
     projections: tuple[nn.Module, nn.Module] | None = None  # the layer's k_proj and v_proj
     prompt_k: Tensor | None = None  # (P, Hkv, D) or (B, P, Hkv, D): attended to by a second, gated softmax
     prompt_v: Tensor | None = None
@@ -97,10 +97,11 @@ class CausalAttention(nn.Module):
         if cache is not None:
             cache.append(layer, k, v)
             if cache.used > q.shape[1]:  # older tokens stand in the cache
-                return ops.attention_decode(q, cache.k[layer], cache.v[layer], lengths=cache.lengths, **prompts)
-        return ops.attention(
-            q, k, v, mask=ctx.mask, cu_seqlens_q=ctx.cu_seqlens, cu_seqlens_k=ctx.cu_seqlens, **prompts
-        )
+                return ops.attention_decode(
+                    q, cache.k[layer], cache.v[layer], lengths=cache.lengths, scale=ctx.scale, **prompts
+                )
+        packed = {"cu_seqlens_q": ctx.cu_seqlens, "cu_seqlens_k": ctx.cu_seqlens}
+        return ops.attention(q, k, v, mask=ctx.mask, scale=ctx.scale, **packed, **prompts)
 
 
 class Attention(nn.Module):
@@ -110,10 +111,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, heads, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_heads, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_heads, bias=False)
-        self.o_proj = nn.Linear(heads, config.dim, bias=False)
+        self.q_proj = nn.Linear(config.dim, heads, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.dim, kv_heads, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.dim, kv_heads, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads, config.dim, bias=config.attention_bias)
         self.attend = CausalAttention()
 
     def forward(self, x: Tensor, ctx: AttendContext) -> Tensor:
@@ -131,9 +132,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -184,6 +185,8 @@ class Llama(nn.Module):
             if type(module) in (nn.Linear, nn.Embedding):
                 deep = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if deep else 0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
 
     def tie_weights(self) -> None:
         """Makes lm_head and the embedding one parameter where the configuration says so."""
@@ -222,7 +225,8 @@ class Llama(nn.Module):
         cast = torch.is_autocast_enabled(like.device.type)
         dtype = torch.get_autocast_dtype(like.device.type) if cast else like.dtype
         max_len += 0 if self.prefix is None else self.prefix.shape[0]
-        return KVCache(c.n_layers, batch, max_len, c.n_kv_heads, c.head_dim, dtype=dtype, device=like.device)
+        heads = [kept_heads(layer.self_attn.attend, c) for layer in self.layers]
+        return KVCache(heads, batch, max_len, dtype=dtype, device=like.device)
 
     def forward(
         self,
@@ -288,6 +292,15 @@ class Llama(nn.Module):
         else:
             loss = F.cross_entropy(self.lm_head(h).flatten(0, 1).float(), labels.flatten(), reduction=reduction)
         return loss.view_as(labels) if reduction == "none" else loss
+
+
+def kept_heads(attend: nn.Module | None, config: LlamaConfig) -> tuple[int, int]:
+    """Heads and head_dim of the keys that this attend module leaves in a cache: those of the outermost that says so."""
+    while attend is not None:
+        if hasattr(attend, "kept_heads"):
+            return attend.kept_heads()
+        attend = getattr(attend, "base", None)
+    return config.n_kv_heads, config.head_dim
 
 
 def recorded(cache: KVCache | None):
