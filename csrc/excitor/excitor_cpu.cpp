@@ -17,21 +17,22 @@ static void project(const ExcitorKeys<T>& p) {
 }
 
 // K' of head h of the tokens from t on, whose mixtures are `extra` [D][kWidth<MV>]. Where g·extra is 0 K keeps its
-// bits.
+// bits. Heads of neighbouring tokens often lie a power of two apart, in one set of the cache: so token by token.
 template <int MV, typename T>
-static void store_keys(const ExcitorKeys<T>& p, const uint32_t* extra, int64_t b, int64_t t, int64_t h) {
+static void store_keys(const ExcitorKeys<T>& p, const uint32_t* extra, float* rows, int64_t b, int64_t t, int64_t h) {
   const int64_t tokens = min64(kWidth<MV>, p.in.T_ - t), D = p.in.D;
   const float g = p.in.gate_of(h);
-  const T* k = p.k.at(b, t, h);
-  T* y = p.y.at(b, t, h);
-  if (!p.beside)
-    return unpack_lanes(y, p.y.token, floats(extra), kWidth<MV>, D, tokens, [&](int64_t d, int64_t i, Vec sum) {
-      const Vec plain = load(k + i * p.k.token + d, lanes_left(D - d)), term = sum * g;
-      return term == Vec{} ? plain : plain + term;
+  unpack_lanes(rows, D, floats(extra), kWidth<MV>, D, tokens, [&](int64_t, int64_t, Vec sum) { return sum * g; });
+  for (int64_t i = 0; i < tokens; ++i) {
+    const T* k = p.k.at(b, t + i, h);
+    T* y = p.y.at(b, t + i, h);
+    const float* term = rows + i * D;
+    for_vectors(D, [=, &p](int64_t d, auto there) {
+      const Vec plain = load(k + d, there), more = load(term + d, there);
+      store(y + d, p.beside ? plain : more == Vec{} ? plain : plain + more, there);
+      if (p.beside) store(y + p.in.D + d, more, there);
     });
-  for (int64_t i = 0; i < tokens; ++i) memcpy(y + i * p.y.token, k + i * p.k.token, size_t(D) * sizeof(T));
-  unpack_lanes(y + D, p.y.token, floats(extra), kWidth<MV>, D, tokens,
-               [&](int64_t, int64_t, Vec sum) { return sum * g; });
+  }
 }
 
 template <typename T>
@@ -45,6 +46,7 @@ static void excitor_keys(const ExcitorKeys<T>& p) {
       const int64_t b = tasks.batch(task), group = task % tasks.groups;
       PromptHeads<MV> prompts(in, b, tasks.softmax(task));
       Scratch<uint32_t> z(in.R * width), w(prompts.rows * width), extra(padded_rows(in.D) * width);
+      Scratch<float> rows(in.D * width);
       for (int64_t strip = tasks.begin(group); strip < tasks.begin(group + 1); ++strip) {
         const int64_t t = strip * width;
         pack_strip<FloatWords, MV>(z, p.z + (b * in.T_ + t) * in.R, in.R, in.T_ - t, in.R);
@@ -52,7 +54,7 @@ static void excitor_keys(const ExcitorKeys<T>& p) {
         for (int64_t h = 0; h < prompts.heads; ++h) {
           product<MV, 1, kHeadStride>(width, extra, false, w, prompts.panel(h), in.D, in.P);
           if (in.cos) turn_lanes<MV>(extra, in, b, t, 1.0f);
-          store_keys<MV>(p, extra, b, t, prompts.first + h);
+          store_keys<MV>(p, extra, rows, b, t, prompts.first + h);
         }
       }
     });
