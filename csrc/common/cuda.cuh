@@ -10,6 +10,13 @@
 #include <string>
 #endif
 
+// For lambdas in kernels: [&](int i) LK_INLINE { ... }
+#ifdef __CUDACC__
+#define LK_INLINE
+#else
+#define LK_INLINE __attribute__((always_inline))
+#endif
+
 namespace llamakern::cuda {
 
 constexpr int64_t kMaxGridY = 65535;
