@@ -1,5 +1,5 @@
 // torch.ops.llamakern.attention, attention_backward, attention_prompt_backward, attention_decode, cache_append_: check,
-// allocate, fill the params, run.
+// allocate, fill the params, run. Over 400 lines, because all doors share one Call and its checks.
 #include "../csrc/attention/attention.h"
 
 #include "engine.h"
