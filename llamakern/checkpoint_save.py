@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llamakern import checkpoint_nf4
+from llamakern import checkpoint_moe, checkpoint_nf4
 from llamakern.checkpoint import shorten
 from llamakern.checkpoint_hf import INDEX
 from llamakern.files import sync, write_json
@@ -78,12 +78,14 @@ def collect(model: Llama) -> tuple[dict[str, Tensor], dict]:
         c = c.replace(tie_embeddings=False)
     dtype = model.embed_tokens.weight.dtype
     with torch.device("meta"):
-        wanted = {name for name, _ in Llama(c).named_parameters()}
+        plain = Llama(c)
+        checkpoint_moe.expect_packed(plain, {n: p.shape for n, p in model.named_parameters() if ".experts." in n})
+        wanted = {name for name, _ in plain.named_parameters()}
     own, packed = dict(model.named_parameters()), {}
     for path, module in model.named_modules():
         if isinstance(module, NF4Linear):
             packed[path] = module
-            for name, _ in module.named_parameters():
+            for name in ("weight", "absmax", "absmax_scale", "absmax_offset"):
                 own.pop(f"{path}.{name}", None)
     have = own.keys() | {f"{path}.weight" for path in packed}
     if have != wanted:
@@ -91,18 +93,20 @@ def collect(model: Llama) -> tuple[dict[str, Tensor], dict]:
             f"checkpoint: model must have the parameters of a plain Llama, got missing {shorten(wanted - have)}, "
             f"unexpected {shorten(have - wanted)}"
         )
-    if c.rope_layout == "interleaved":
+    if c.rope_layout == "interleaved" and c.moe is None:
         if packed:
             raise ValueError("checkpoint: rope_layout must be 'half' to save an NF4 model, got 'interleaved'")
         for i in range(c.n_layers):
             for name, n_heads in (("q_proj", c.n_heads), ("k_proj", c.n_kv_heads)):
                 key = f"layers.{i}.self_attn.{name}.weight"
                 own[key] = interleaved_to_half(own[key], n_heads)
-    config = c.replace(rope_layout="half").to_hf()
+    config = (c if c.moe else c.replace(rope_layout="half")).to_hf()
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    tensors = {hf_name(name): tensor.detach() for name, tensor in own.items()}
+    tensors = {name: tensor.detach() for name, tensor in own.items()}
     for path, linear in packed.items():
-        tensors |= {hf_name(path) + suffix: t for suffix, t in checkpoint_nf4.pack(linear, dtype).items()}
+        tensors |= {path + suffix: t for suffix, t in checkpoint_nf4.pack(linear, dtype).items()}
+    tensors = checkpoint_moe.to_hf(c, tensors) if c.moe else tensors
+    tensors = {hf_name(name): tensor for name, tensor in tensors.items()}
     if packed:
         dense = [hf_name(path) for path, module in model.named_modules() if type(module) is nn.Linear]
         config["quantization_config"] = checkpoint_nf4.quantization_config(packed, dense, dtype)

@@ -99,7 +99,7 @@ PUBLIC = {
         "LlamaConfig", "TrainConfig", "Trainer", "check_training", "generate", "load_tokenizer", "patch", "quantize_",
         "unpatch", "verify",
     ),
-    "llamakern.nn": ("LoRALinear", "NF4Linear", "RMSNorm"),
+    "llamakern.nn": ("LoRALinear", "MoE", "NF4Linear", "RMSNorm"),
     "llamakern.peft": (
         "LoRAConfig", "activate", "active", "adapters", "apply", "count_trainable", "load", "merge", "merge_report",
         "remove", "save",
