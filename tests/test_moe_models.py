@@ -108,7 +108,7 @@ def test_saved_model_is_what_transformers_reads(kind, pairs, tmp_path):
 def test_quantised_while_loading_and_saved(kind, double_quant, pairs, tmp_path):
     from llamakern.nn import Experts, NF4Experts, NF4Linear, Router, quantize_
 
-    _, ours, folder = pairs[kind]
+    _, _, folder = pairs[kind]
     model = Llama.from_pretrained(folder, quantize="nf4", double_quant=double_quant)
     kinds = {type(m) for m in model.modules()}
     assert {NF4Experts, NF4Linear, Router} <= kinds

@@ -12,6 +12,7 @@ import torch
 
 from llamakern.bench.cases import Case
 from llamakern.bench.clock import relative_error
+from llamakern.bench.rivals import in_large_pages
 from llamakern.config import LlamaConfig, MoEConfig
 from llamakern.model import mixture
 from llamakern.nn import NF4Experts, large_pages_, quantize_
@@ -29,6 +30,7 @@ def layer(kind: str, C: int, F: int, E: int, top_k: int, dtype: torch.dtype):
     moe = MoEConfig(n_experts=E, top_k=top_k, hidden_dim=F, **special)
     module = mixture(LlamaConfig(dim=C, n_layers=1, n_heads=C // 128, vocab_size=8, moe=moe)).to(dtype)
     for p in module.parameters():
+        in_large_pages(p.data)
         p.data.normal_(std=0.02)
     return module
 
@@ -51,7 +53,7 @@ def rival(kind: str, ours, C: int, F: int, E: int, top_k: int, dtype: torch.dtyp
     own = dict(ours.named_parameters())
     for name, p in list(theirs.named_parameters()):
         known = own[name.replace("gate.weight", "router.weight") if kind != "llama4" else name]
-        known = known.mT.contiguous() if kind == "llama4" and ".experts." in f".{name}" else known
+        known = in_large_pages(known.mT.contiguous()) if kind == "llama4" and ".experts." in f".{name}" else known
         theirs.get_submodule(name.rpartition(".")[0]).register_parameter(
             name.rpartition(".")[2], torch.nn.Parameter(known.detach())
         )
