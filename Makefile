@@ -4,7 +4,7 @@ VENV   := .venv/bin
 READY  := .venv/.ready
 ROOMS  := $(notdir $(patsubst %/,%,$(filter-out csrc/common/,$(wildcard csrc/*/))))
 
-.PHONY: env build demo test compat lint format bench bench-models sanitize neon profile clean
+.PHONY: env build demo test compat lint format bench bench-models sanitize cuda-host neon profile clean
 .DEFAULT_GOAL := test
 
 env: $(READY) build
@@ -75,6 +75,12 @@ sanitize: $(READY)
 	  $(VENV)/python setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/sanitize $(VENV)/pytest -x -p no:cacheprovider $(SANITIZE_TESTS)
+
+# The CUDA kernels on the CPU, under the checks of host_cuda/: the room tests on a build that has no other kernels.
+CUDA_ROOMS ?= $(patsubst csrc/%/,%,$(sort $(dir $(wildcard csrc/*/*_cuda.cu))))
+cuda-host: $(READY)
+	LLAMAKERN_HOST_CUDA=ON LLAMAKERN_BUILD_NAME=cmake-cuda-host $(VENV)/python setup.py -q build --build-lib build/cuda-host
+	PYTHONPATH=build/cuda-host $(VENV)/pytest -x -p no:cacheprovider -m "not large" $(CUDA_ROOMS:%=tests/test_%.py)
 
 # The kernels for 64-bit Arm, which this machine need not be: a kernel of every room against plain loops, under qemu-user.
 NEON_CXX     ?= aarch64-linux-gnu-g++

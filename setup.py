@@ -42,7 +42,8 @@ class CMakeBuild(build_ext):
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DLLAMAKERN_TORCH_DIR={find_torch()}",
              f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-             f"-DLLAMAKERN_SANITIZE={os.environ.get('LLAMAKERN_SANITIZE', '')}"],
+             f"-DLLAMAKERN_SANITIZE={os.environ.get('LLAMAKERN_SANITIZE', '')}",
+             f"-DLLAMAKERN_HOST_CUDA={os.environ.get('LLAMAKERN_HOST_CUDA', 'OFF')}"],
             check=True,
         )  # fmt: skip
         subprocess.run(["cmake", "--build", build], check=True)

@@ -2,7 +2,7 @@
 // run.
 #include "../csrc/attention/attention.h"
 
-#include "tensor.h"
+#include "engine.h"
 
 namespace llamakern {
 namespace {
@@ -100,6 +100,7 @@ Tensor check_starts(const char* op, const char* name, const Tensor& starts, cons
   check(starts.dim() == 1 && starts.size(0) >= 1, op, ": ", name, " must have shape (n+1,), got ",
         shape_text(starts.sizes()));
   const Tensor flat = as_contiguous(starts);
+  if (!readable(flat)) return flat;
   const int32_t* at = cptr<int32_t>(flat);
   const int64_t n = flat.size(0) - 1;
   check(at[0] == 0 && at[n] == tokens, op, ": ", name, " must rise from 0 to the ", tokens, " tokens, got ", at[0],
@@ -165,7 +166,7 @@ std::tuple<Tensor, Tensor> forward(const Door& door, const Call& call) {
   const Tensor y = empty(q.sizes(), q.scalar_type(), q);
   const Tensor lse = empty({q.size(0), q.size(door.head), q.size(door.token)}, ScalarType::Float, q);
   dispatch_float(door.op, door.q, call.q, [&]<typename T>() {
-    run(AttentionForward<T>{.y = heads<T>(y, door), .lse = ptr<float>(lse), .in = attended<T>(door, call)});
+    run(AttentionForward<T>{.y = heads<T>(y, door), .lse = ptr<float>(lse), .in = attended<T>(door, call)}, q);
   });
   return {y, lse};
 }
@@ -210,7 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTen
                              .dy = heads<const T>(dy_, door),
                              .lse = cptr<float>(lse_),
                              .dlse = cptr<float>(dlse_),
-                             .in = attended<T>(door, call)});
+                             .in = attended<T>(door, call)},
+        q);
   });
   return {dq, dk, dv};
 }
@@ -240,7 +242,7 @@ Cache check_cache(const char* op, const Tensor& k_cache, const Tensor& lengths, 
   } else {
     check_shape(op, "k_cache", k_cache, {B, block, k_cache.size(2), k_cache.size(3)});
   }
-  for (int64_t b = 0; b < B; ++b) {
+  for (int64_t b = 0; readable(lengths) && b < B; ++b) {
     const int64_t n = cptr<int32_t>(cache.lengths)[b];
     check(n >= least && n <= most, op, ": lengths must lie in [", least, ", ", most, "], got ", n);
     if (!block_table) continue;
@@ -301,7 +303,8 @@ void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
                        .B = B,
                        .T_ = T_,
                        .Hkv = Hkv,
-                       .D = D});
+                       .D = D},
+        k_cache);
   });
 }
 
@@ -323,7 +326,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
       "-> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   LK_IMPL(m, "attention", attention);
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));

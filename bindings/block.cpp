@@ -123,7 +123,8 @@ Tensor nf4_block_decode_(const Tensor& x_, const Tensors& norms, const Tensors& 
                        .H = H,
                        .Hkv = Hkv,
                        .D = D,
-                       .F = F});
+                       .F = F},
+        x_);
   });
   return y;
 }

@@ -4,7 +4,7 @@
 #pragma weak PyExc_TypeError
 #pragma weak PyErr_SetString
 
-#include "tensor.h"
+#include "engine.h"
 
 namespace llamakern {
 

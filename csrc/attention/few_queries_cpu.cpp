@@ -68,10 +68,12 @@ class Ahead {
  public:
   explicit Ahead(const Range<T>& range) : range_(range), x_(&range.in.k), rows_(range.find(*x_, 0)) {
     const int64_t steps = ceil_div(kAheadBytes, kStepKeys * range.in.D * int64_t(sizeof(T)));
-    for (int64_t i = 0; i < steps; ++i)
+    for (int64_t i = 0; i < steps; ++i) {
+      const int64_t token = x_->token;
       if (const T* row = next())
-        for (int64_t key = 0; key < kStepKeys; ++key, row += range.in.k.token)
+        for (int64_t key = 0; key < kStepKeys; ++key, row += token)
           for (int64_t d = 0; d < range.in.D; d += int64_t(64 / sizeof(T))) __builtin_prefetch(row + d);
+    }
   }
   // Where the rows of the next step begin, or null.
   const T* next() {
