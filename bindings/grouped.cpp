@@ -15,6 +15,7 @@ struct Group {
   Group(const char* op, const Tensor& offsets_, int64_t E, int64_t S) : offsets(as_contiguous(offsets_)), E(E) {
     check_shape(op, "offsets", offsets, {E + 1});
     check_dtype(op, "offsets", offsets, ScalarType::Int);
+    if (!readable(offsets)) return;
     const int32_t* o = cptr<int32_t>(offsets);
     bool rises = o[0] == 0 && o[E] == S;
     for (int64_t e = 0; e < E; ++e) rises = rises && o[e] <= o[e + 1];
@@ -135,7 +136,8 @@ void forward(const Tensor& y, const Tensor& h, const Rows& x, const Group& group
                                    .S = x.M,
                                    .E = group.E,
                                    .N = N,
-                                   .K = K});
+                                   .K = K},
+      x.t);
 }
 
 Two grouped_linear(const Tensor& x_, const Tensor& w_, const Tensor& offsets, MaybeTensor lora_a, MaybeTensor lora_b,
@@ -210,7 +212,8 @@ struct Gradients {
                                              .S = x.M,
                                              .E = group.E,
                                              .N = N,
-                                             .K = K});
+                                             .K = K},
+        dy.t);
   }
 };
 
@@ -261,7 +264,8 @@ Tensor grouped_weight_gradient(const Tensor& dy_, const Tensor& x_, const Tensor
                                     .S = x.M,
                                     .E = E,
                                     .N = N,
-                                    .K = K});
+                                    .K = K},
+        x.t);
   };
   dispatch_wide(op, "x", x_, [&]<typename T>() {
     if constexpr (std::is_same_v<T, float>)
@@ -290,7 +294,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
   m.def("grouped_weight_gradient(Tensor dy, Tensor x, Tensor offsets, ScalarType dtype) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   LK_IMPL(m, "grouped_linear", grouped_linear);
   LK_IMPL(m, "nf4_grouped_linear", nf4_grouped_linear);
   m.impl("grouped_linear_backward", TORCH_BOX(&grouped_linear_backward));

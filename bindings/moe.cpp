@@ -25,7 +25,7 @@ Two moe_route(const Tensor& logits_, int64_t top_k, std::string score, bool reno
   const Router router = router_of("moe_route", logits, top_k, score, renormalize);
   const Tensor weights = empty({router.M, top_k}, ScalarType::Float, logits);
   const Tensor experts = empty({router.M, top_k}, ScalarType::Int, logits);
-  run(MoeRoute{.weights = ptr<float>(weights), .experts = ptr<int32_t>(experts), .router = router});
+  run(MoeRoute{.weights = ptr<float>(weights), .experts = ptr<int32_t>(experts), .router = router}, logits);
   return {weights, experts};
 }
 
@@ -42,7 +42,8 @@ Tensor moe_route_backward(const Tensor& dweights_, const Tensor& logits_, const 
   run(MoeRouteBackward{.dlogits = ptr<float>(dlogits),
                        .dweights = cptr<float>(dweights),
                        .experts = cptr<int32_t>(experts),
-                       .router = router});
+                       .router = router},
+      logits);
   return dlogits;
 }
 
@@ -54,7 +55,7 @@ Three moe_dispatch(const Tensor& experts_, int64_t E) {
   const Tensor experts = as_contiguous(experts_);
   const int64_t M = experts.size(0), top_k = experts.size(1);
   const int32_t* e = cptr<int32_t>(experts);
-  for (int64_t i = 0; i < M * top_k; ++i)
+  for (int64_t i = 0; readable(experts) && i < M * top_k; ++i)
     check(e[i] >= 0 && e[i] < E, op, ": experts must lie in [0, ", E, "), got ", e[i]);
   const Tensor offsets = empty({E + 1}, ScalarType::Int, experts), order = empty({M * top_k}, ScalarType::Int, experts);
   const Tensor position = empty({M, top_k}, ScalarType::Int, experts);
@@ -64,7 +65,8 @@ Three moe_dispatch(const Tensor& experts_, int64_t E) {
                   .experts = e,
                   .M = M,
                   .E = E,
-                  .top_k = top_k});
+                  .top_k = top_k},
+      experts);
   return {offsets, order, position};
 }
 
@@ -74,7 +76,7 @@ Three moe_dispatch(const Tensor& experts_, int64_t E) {
 void check_slots(const char* op, const char* name, const Tensor& t, int64_t below) {
   check_dtype(op, name, t, ScalarType::Int);
   const int32_t* slot = cptr<int32_t>(t);
-  for (int64_t i = 0; i < t.numel(); ++i)
+  for (int64_t i = 0; readable(t) && i < t.numel(); ++i)
     check(slot[i] >= 0 && slot[i] < below, op, ": ", name, " must lie in [0, ", below, "), got ", slot[i]);
 }
 
@@ -103,7 +105,8 @@ Tensor moe_gather(const Tensor& x_, MaybeTensor weights_, const Tensor& order_, 
                      .x_row = x.stride,
                      .M = M,
                      .C = C,
-                     .top_k = top_k});
+                     .top_k = top_k},
+        x_);
   });
   return slots;
 }
@@ -126,7 +129,8 @@ Tensor moe_combine(const Tensor& slots_, MaybeTensor weights_, const Tensor& ord
                       .slots_row = slots.stride,
                       .M = M,
                       .C = C,
-                      .top_k = top_k});
+                      .top_k = top_k},
+        slots_);
   });
   return y;
 }
@@ -150,7 +154,8 @@ Tensor moe_weight_gradient(const Tensor& slots_, const Tensor& x_, const Tensor&
                              .x_row = x.stride,
                              .M = M,
                              .C = C,
-                             .top_k = top_k});
+                             .top_k = top_k},
+        x_);
   });
   return dweights;
 }
@@ -168,7 +173,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
   m.def("moe_weight_gradient(Tensor slots, Tensor x, Tensor position) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   LK_IMPL(m, "moe_route", moe_route);
   m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
   m.impl("moe_dispatch", TORCH_BOX(&moe_dispatch));

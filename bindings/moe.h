@@ -1,6 +1,7 @@
 // Guards that the ops of the moe room share.
 #pragma once
 #include "../csrc/moe/moe.h"
+#include "engine.h"
 #include "nf4.h"
 
 namespace llamakern {

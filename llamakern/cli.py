@@ -73,6 +73,7 @@ def finetune(p: argparse.ArgumentParser) -> None:
 def generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("base", help="folder of the model")
     p.add_argument("--adapter", help="folder of an adapter; its prompt template is applied")
+    p.add_argument("--method", help="file.py:Class of the adapter's method, if that is one from outside")
     p.add_argument("--chat", choices=TEMPLATES, help="prompt template, for a model that was trained with it")
     p.add_argument("--prompt", required=True, help="the text, or with a template the instruction")
     p.add_argument("--input", default="", help="with a template, the instruction's input")
@@ -101,6 +102,7 @@ def quantize(p: argparse.ArgumentParser) -> None:
 def merge(p: argparse.ArgumentParser) -> None:
     p.add_argument("base", help="folder of the model")
     p.add_argument("adapter", help="folder of the adapter")
+    p.add_argument("--method", help="file.py:Class of the adapter's method, if that is one from outside")
     p.add_argument("out", help="folder to write")
     p.add_argument("--quantize", choices=["nf4"], help="the base is quantised while loading, as it was for qlora")
     p.add_argument("--double-quant", action="store_true", help="with --quantize, the scales too, as it was for qlora")

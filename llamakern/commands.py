@@ -70,7 +70,7 @@ def generate(arguments) -> None:
         own = chat.end_ids(template, tokenizer) if template else tokenizer.eos_id
         ends = end_ids(own, model.config.eos_id)
     if arguments.adapter:
-        peft.load(model, arguments.adapter)
+        load_adapter(model, arguments)
     stream = TextStream(tokenizer, ends=ends, stop=stop, write=lambda text: print(text, end="", flush=True))
     generation.generate(
         model,
@@ -123,7 +123,7 @@ def quantize(arguments) -> None:
 def merge(arguments) -> None:
     check_out(arguments)
     arguments.dtype = None
-    model = peft.load(load_base(arguments), arguments.adapter)
+    model = load_adapter(load_base(arguments), arguments)
     tokens = torch.tensor([load_tokenizer(job.source_path(arguments.base)).encode(arguments.text)])
     report = peft.merge_report(model, tokens, to=arguments.to)
     model.save_pretrained(arguments.out)
@@ -148,6 +148,13 @@ def load_base(arguments) -> Llama:
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
     knobs = {"quantize": arguments.quantize, "double_quant": arguments.double_quant}
     return Llama.from_pretrained(arguments.base, dtype=dtype, **knobs)
+
+
+def load_adapter(model: Llama, arguments) -> Llama:
+    for name in (arguments.method or "").split(","):
+        if name:
+            peft.find_method(name)  # of one from outside: runs its file
+    return peft.load(model, arguments.adapter)
 
 
 def check_out(arguments) -> None:

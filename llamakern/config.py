@@ -52,6 +52,8 @@ class LlamaConfig:
     attn_scale: float = 0.0
     floor_scale: int = 8192
     qkv_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "max_seq_len"):
@@ -75,8 +77,9 @@ class LlamaConfig:
             if not _is_positive(value):
                 raise ValueError(f"config: {name} must be a positive number, got {value!r}")
             setattr(self, name, float(value))
-        if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(f"config: tie_embeddings must be true or false, got {self.tie_embeddings!r}")
+        for name in ("tie_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"config: {name} must be true or false, got {getattr(self, name)!r}")
         self._check_llama4()
         for name in ("bos_id", "eos_id"):
             value = getattr(self, name)
@@ -138,6 +141,8 @@ class LlamaConfig:
             rope_scaling=_rope_scaling(rope, max_seq_len),
             norm_eps=hf.get("rms_norm_eps", usual["rms_norm_eps"]),
             tie_embeddings=hf.get("tie_word_embeddings", False),
+            attention_bias=hf.get("attention_bias", False),
+            mlp_bias=hf.get("mlp_bias", False),
             bos_id=hf.get("bos_token_id", 1),
             eos_id=tuple(eos_id) if isinstance(eos_id, list) else eos_id,
             **fields,
@@ -157,6 +162,8 @@ class LlamaConfig:
         return {
             "architectures": ["LlamaForCausalLM"],
             **HF_FIXED,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
             "hidden_size": self.dim,
             "num_hidden_layers": self.n_layers,
             "num_attention_heads": self.n_heads,
@@ -181,7 +188,7 @@ class LlamaConfig:
 
 
 HF_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-HF_FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+HF_FIXED = {"model_type": "llama", "hidden_act": "silu"}
 
 
 def _check_positive(name, value):

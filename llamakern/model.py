@@ -1,10 +1,12 @@
 """LLaMA 1 to 4: pre-norm blocks of grouped-query attention and SwiGLU, dense or with experts (arXiv 2302.13971,
 2407.21783, 2401.04088).
 
-Module names follow Hugging Face, without its prefix `model.`. Two sockets take other modules:
+Module names follow Hugging Face, without its prefix `model.`. Sockets take other modules:
 
     linear   (x) -> y                        any projection; LoRA and NF4 plug in here
     attend   (q, k, v, x, ctx) -> y          all between the projections and o_proj, the cache included
+    visual   (features) -> visual            empty: what projects an encoder's features once for all layers
+    prefix   a parameter (P, C)              empty: virtual tokens in front of every sequence (prefix.py)
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, Hkv key/value heads, D head_dim, C model width,
 V vocabulary.
@@ -22,6 +24,7 @@ from llamakern import ops
 from llamakern.config import LlamaConfig
 from llamakern.moe import Experts, MoE, Router, auxiliary_loss
 from llamakern.nn import RMSNorm
+from llamakern.prefix import lay
 from llamakern.rotary import cos_sin
 
 
@@ -79,6 +82,12 @@ class AttendContext(NamedTuple):
     q_raw: Tensor | None = None  # (B, T, H, D), before the rotation
     k_raw: Tensor | None = None  # (B, T, Hkv, D), before the rotation
     layer: int = 0
+    projections: tuple[nn.Module, nn.Module] | None = None  # the layer's k_proj and v_proj
+    prompt_k: Tensor | None = None  # (P, Hkv, D) or (B, P, Hkv, D): attended to by a second, gated softmax
+    prompt_v: Tensor | None = None
+    prompt_gate: Tensor | None = None  # (H,), as it multiplies
+    features: Tensor | None = None  # (B, Nv, Dv) of a frozen encoder, as the call was given them
+    visual: Tensor | None = None  # what the model's visual socket made of them
 
 
 class CausalAttention(nn.Module):
@@ -90,12 +99,14 @@ class CausalAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: AttendContext) -> Tensor:
         cache, layer = ctx.cache, ctx.layer
+        prompts = {"prompt_k": ctx.prompt_k, "prompt_v": ctx.prompt_v, "prompt_gate": ctx.prompt_gate}
         if cache is not None:
             cache.append(layer, k, v)
             if cache.used > q.shape[1]:  # older tokens stand in the cache
-                return ops.attention_decode(q, cache.k[layer], cache.v[layer], lengths=cache.lengths, chunk=self.chunk)
+                knobs = {"lengths": cache.lengths, "chunk": self.chunk}
+                return ops.attention_decode(q, cache.k[layer], cache.v[layer], **knobs, **prompts)
         packed = {"cu_seqlens_q": ctx.cu_seqlens, "cu_seqlens_k": ctx.cu_seqlens}
-        return ops.attention(q, k, v, mask=ctx.mask, chunk=self.chunk, **packed)
+        return ops.attention(q, k, v, mask=ctx.mask, chunk=self.chunk, **packed, **prompts)
 
 
 class Attention(nn.Module):
@@ -105,10 +116,11 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, heads, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.dim, kv_heads, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.dim, kv_heads, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(heads, config.dim, bias=False)
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.dim, heads, bias=bias)
+        self.k_proj = nn.Linear(config.dim, kv_heads, bias=bias)
+        self.v_proj = nn.Linear(config.dim, kv_heads, bias=bias)
+        self.o_proj = nn.Linear(heads, config.dim, bias=config.attention_bias)
         self.rotates = layer not in config.nope_layers
         self.attend = CausalAttention(config.attention_chunk if self.rotates else None)
         if config.qk_norm == "before_rope":
@@ -123,7 +135,7 @@ class Attention(nn.Module):
         if self.config.qk_norm == "before_rope":
             q_raw, k_raw = self.q_norm(q_raw), self.k_norm(k_raw)
         q, k = self.place(q_raw, k_raw, ctx)
-        ctx = ctx._replace(q_raw=q_raw, k_raw=k_raw, layer=self.layer)
+        ctx = ctx._replace(q_raw=q_raw, k_raw=k_raw, layer=self.layer, projections=(self.k_proj, self.v_proj))
         return self.o_proj(self.attend(q, k, v, x, ctx).reshape(B, T, -1))
 
     def place(self, q: Tensor, k: Tensor, ctx: AttendContext) -> tuple[Tensor, Tensor]:
@@ -145,9 +157,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: LlamaConfig, hidden_dim: int | None = None):
         super().__init__()
         hidden_dim = hidden_dim or config.hidden_dim
-        self.gate_proj = nn.Linear(config.dim, hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, config.dim, bias=False)
+        self.gate_proj = nn.Linear(config.dim, hidden_dim, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.dim, hidden_dim, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -197,6 +209,8 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_module("visual", None)
+        self.register_parameter("prefix", None)
         self.reset_parameters()
         self.tie_weights()
 
@@ -241,10 +255,14 @@ class Llama(nn.Module):
         save_pretrained(self, path)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have."""
+        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have.
+
+        It has room for the virtual tokens of a prefix too.
+        """
         c, like = self.config, self.embed_tokens.weight
         cast = torch.is_autocast_enabled(like.device.type)
         dtype = torch.get_autocast_dtype(like.device.type) if cast else like.dtype
+        max_len += 0 if self.prefix is None else self.prefix.shape[0]
         return KVCache(c.n_layers, batch, max_len, c.n_kv_heads, c.head_dim, dtype=dtype, device=like.device)
 
     def forward(
@@ -257,30 +275,51 @@ class Llama(nn.Module):
         cu_seqlens: Tensor | None = None,  # int32 (n + 1,)
         mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, S)
         inputs_embeds: Tensor | None = None,  # (B, T, C)
+        features: Tensor | None = None,  # (B, Nv, Dv)
     ) -> Tensor:  # (B, T, V)
         """Logits. With a cache the tokens continue what it holds and are added to it, and no gradient is recorded.
 
         `lengths` says how many of the T tokens of each row are real, the rest being padding on the right.
         Without `positions` they count from the start of each row, or of each packed sequence of `cu_seqlens` (B = 1).
         A negative token is a placeholder, as for a patch of an image: its row of `inputs_embeds` stands in its place.
-        ValueError where shapes disagree, the cache is full, or a cache meets `cu_seqlens` or `mask`.
+        `features` are those of a frozen encoder for each row, for a method that takes them; with a cache they are given
+        at every call. ValueError where shapes disagree, the cache is full, a cache meets `cu_seqlens` or `mask`, or
+        features meet `cu_seqlens`.
         """
-        more = {"positions": positions, "cu_seqlens": cu_seqlens, "mask": mask, "inputs_embeds": inputs_embeds}
+        knobs = {"lengths": lengths, "positions": positions, "cu_seqlens": cu_seqlens, "mask": mask}
+        more = {"inputs_embeds": inputs_embeds, "features": features}
         with recorded(cache):
-            return self.lm_head(self.hidden(tokens, cache=cache, lengths=lengths, **more))
+            return self.lm_head(self.hidden(tokens, cache=cache, **knobs, **more))
 
     def hidden(
-        self, tokens, *, cache=None, lengths=None, positions=None, cu_seqlens=None, mask=None, inputs_embeds=None
+        self,
+        tokens,
+        *,
+        cache=None,
+        lengths=None,
+        positions=None,
+        cu_seqlens=None,
+        mask=None,
+        inputs_embeds=None,
+        features=None,
     ) -> Tensor:
         """What `lm_head` sees, (B, T, C): the same arguments as `forward`."""
-        check_call(tokens, cache, positions, cu_seqlens, mask)
+        check_call(tokens, cache, positions, cu_seqlens, mask, features)
         T = tokens.shape[1]
+        x, delta, laid = self.embed(tokens, inputs_embeds), None, None
+        started, P = cache is not None and cache.used > 0, 0 if self.prefix is None else self.prefix.shape[0]
         if positions is None:
             positions = default_positions(T, cache, cu_seqlens, tokens.device)
+        elif started:
+            positions = positions + P
+        if P and not started:
+            laid = lay(self.prefix, x, positions, cu_seqlens, mask)
+            x, positions, cu_seqlens, mask = laid[:4]
         cos, sin = cos_sin(self.config, positions)
-        ctx = AttendContext(cache=cache, positions=positions, cu_seqlens=cu_seqlens, mask=mask, cos=cos, sin=sin)
-        with recorded(cache), nullcontext() if cache is None else cache.growing(T):
-            x, delta = self.embed(tokens, inputs_embeds), None
+        visual = None if features is None or self.visual is None else self.visual(features)
+        where = {"cache": cache, "positions": positions, "cu_seqlens": cu_seqlens, "mask": mask, "cos": cos, "sin": sin}
+        ctx = AttendContext(**where, features=features, visual=visual)
+        with recorded(cache), nullcontext() if cache is None else cache.growing(x.shape[1]):
             for layer in self.layers:
                 if self.checkpoint_activations and torch.is_grad_enabled():
                     x, delta = checkpoint(layer, x, delta, ctx, use_reentrant=False)
@@ -288,7 +327,8 @@ class Llama(nn.Module):
                     x, delta = layer(x, delta, ctx)
             if cache is not None and lengths is not None:
                 cache.lengths += lengths.to(torch.int32) - T  # the padding is overwritten by the next tokens
-            return self.norm(x) if delta is None else self.norm(delta, residual=x)[0]
+            h = self.norm(x) if delta is None else self.norm(delta, residual=x)[0]
+            return h if laid is None else laid.drop(h, P)
 
     def embed(self, tokens: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
         """What the first block sees, (B, T, C)."""
@@ -300,13 +340,13 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens.clamp_min(0))
         return torch.where((tokens < 0)[..., None], inputs_embeds.to(x.dtype), x)
 
-    def loss(self, tokens, labels, *, positions=None, cu_seqlens=None, reduction="mean") -> Tensor:
+    def loss(self, tokens, labels, *, positions=None, cu_seqlens=None, features=None, reduction="mean") -> Tensor:
         """Cross-entropy of the next token: labels[b, t] is the target at position t, -100 is ignored. float32.
 
-        In training the experts' auxiliary losses are added, if the configuration asks for them: to the mean as they
-        are, to the sum once for each target.
+        features (B, Nv, Dv): see `forward`. In training the experts' auxiliary losses are added, if the configuration
+        asks for them: to the mean as they are, to the sum once for each target.
         """
-        h = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens)
+        h = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens, features=features)
         if type(self.lm_head) is nn.Linear:
             loss = ops.linear_cross_entropy(h, self.lm_head.weight, labels, reduction=reduction)
         else:
@@ -333,7 +373,7 @@ def default_positions(T: int, cache: KVCache | None, cu_seqlens: Tensor | None, 
     return t
 
 
-def check_call(tokens, cache, positions, cu_seqlens, mask) -> None:
+def check_call(tokens, cache, positions, cu_seqlens, mask, features) -> None:
     """What the ops cannot say better themselves."""
     if tokens.dim() != 2:
         raise ValueError(f"model: tokens must have shape (B, T), got {list(tokens.shape)}")
@@ -346,3 +386,7 @@ def check_call(tokens, cache, positions, cu_seqlens, mask) -> None:
         raise ValueError("model: cu_seqlens and mask must be None with a cache")
     if cache is not None and cache.lengths.shape[0] != B:
         raise ValueError(f"model: cache must have batch {B}, got {cache.lengths.shape[0]}")
+    if features is not None and (features.dim() != 3 or features.shape[0] != B):
+        raise ValueError(f"model: features must have shape ({B}, Nv, Dv), got {list(features.shape)}")
+    if features is not None and cu_seqlens is not None:
+        raise ValueError("model: cu_seqlens must be None with features, which belong to rows")

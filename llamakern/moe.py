@@ -8,8 +8,6 @@
 Shapes: M tokens, E experts, C model width, F hidden width of an expert, R rank.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -223,13 +221,12 @@ class MoE(nn.Module):
         self.experts = Experts(n_experts, dim, hidden_dim)
         self.shared_expert = shared_expert
         self.shared_expert_gate = Router(dim, 1) if shared_gate else None
-        self.compute: Callable | None = None  # in place of self.experts: llamakern.integrations.expert_parallel
         self._loss = None
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.router(x.flatten(0, -2))
         weights, experts = ops.moe_route(logits, **self.routing)
-        y = (self.compute or self.experts)(x, weights, experts, scale_input=self.scale_input)
+        y = self.experts(x, weights, experts, scale_input=self.scale_input)
         if self.training and (self.balance_loss or self.z_loss):
             self._loss = self.balance_loss * load_balance_loss(logits, experts) + self.z_loss * router_z_loss(logits)
         if self.shared_expert is None:
