@@ -99,7 +99,7 @@ PUBLIC = {
         "LlamaConfig", "TrainConfig", "Trainer", "check_training", "generate", "load_tokenizer", "patch", "quantize_",
         "unpatch", "verify",
     ),
-    "llamakern.nn": ("LoRALinear", "NF4Linear", "RMSNorm"),
+    "llamakern.nn": ("LoRALinear", "MoE", "NF4Linear", "RMSNorm"),
     "llamakern.peft": (
         "ExcitorConfig", "LoRAConfig", "Method.attach", "Parts", "activate", "active", "adapters", "apply", "count_trainable",
         "find_method", "load", "merge", "merge_report", "register", "remove", "save",
