@@ -165,7 +165,7 @@ int check_all() {
   check_sums(7, 1000);
   check_pipeline(10);
   check_products();
-  failures += check_instructions();
+  failures += check_instructions() + check_registry();
   return failures;
 }
 

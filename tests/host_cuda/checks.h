@@ -2,3 +2,4 @@
 int check_all();  // how many kernels failed
 int clock_all();
 int check_instructions();
+int check_registry();
