@@ -155,6 +155,13 @@ void check_products() {
   }
 }
 
+int check_instructions() {
+  std::vector<int> y(32 * kInstructions, -1);
+  const auto ry = registered(y, "y");
+  instructions(y.data());
+  return check_table(y.data());
+}
+
 }  // namespace
 
 int check_all() {
