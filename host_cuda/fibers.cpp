@@ -102,6 +102,24 @@ void give_back(Machine& m) {
   idle_machines.push_back(&m);
 }
 
+void Machine::sort_regions() {
+  std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
+  std::fill(hot, hot + 64, nullptr);
+}
+
+// Fills what the last block used of shared memory with NaN, which is 0xff in every float format; or all of it where its
+// accesses are not seen.
+void Machine::clear_shared() {
+  const bool seen = std::any_of(regions.begin(), regions.end(), [](const Region& r) { return r.used; });
+  for (const Region& r : regions) {
+    if (r.kind == Region::kShared && (r.used || !seen)) {
+      std::memset(reinterpret_cast<void*>(r.begin), 0xff, r.end - r.begin);
+    }
+    r.used = false;
+  }
+  std::fill(hot, hot + 64, nullptr);  // so that the first use is seen
+}
+
 void Machine::run_block() {
   returned = 0;
   idle = 0;
@@ -133,9 +151,7 @@ void Machine::run_block() {
     std::fill(top - kSavedWords, top, nullptr);
     top[kSavedReturn - kSavedWords] = reinterpret_cast<void*>(fiber_main);
   }
-  for (const Region& r : regions) {  // NaN in every float format
-    if (r.kind == Region::kShared) std::memset(reinterpret_cast<void*>(r.begin), 0xff, r.end - r.begin);
-  }
+  clear_shared();
   now = &fibers[0];
   if (random) now = any();
   host_switch(&main_top, now->top);

@@ -100,10 +100,12 @@ __attribute__((always_inline)) inline void touch_word(Access& a, uintptr_t begin
 const Region* find(Machine& m, uintptr_t p) {
   const Region*& hot = m.hot[(p >> 8) % 64];
   if (hot && p >= hot->begin && p < hot->end) return hot;
-  for (const Region& r : m.regions) {
-    if (p >= r.begin && p < r.end) return hot = &r;
-  }
-  return nullptr;
+  const auto behind =
+      std::upper_bound(m.regions.begin(), m.regions.end(), p, [](uintptr_t p, const Region& r) { return p < r.begin; });
+  if (behind == m.regions.begin() || p >= behind[-1].end) return nullptr;
+  hot = &behind[-1];
+  hot->used = true;
+  return hot;
 }
 
 [[noreturn]] void outside(Machine& m, uintptr_t p, unsigned bytes, const char* verb) {
@@ -132,8 +134,8 @@ const Region* find(Machine& m, uintptr_t p) {
   if (!global) return true;
   Region constants;
   if (!read || !constant_region(p, constants)) return false;
-  std::fill(m.hot, m.hot + 64, nullptr);
   m.regions.push_back(constants);
+  m.sort_regions();
   return true;
 }
 
@@ -249,10 +251,9 @@ HOST_HIDDEN void __tsan_read_range(void* p, size_t bytes) {
 HOST_HIDDEN void __tsan_write_range(void* p, size_t bytes) {
   host::unaligned_access(host::Kind::kWrite, p, unsigned(bytes), HOST_SITE);
 }
-// The guard of a function's static in host code beside the kernels.
-HOST_HIDDEN unsigned char __tsan_atomic8_load(const unsigned char* p, int) {
-  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
-}
+// The guard of a function's static in host code beside the kernels: a byte on x86, a word on Arm.
+HOST_HIDDEN uint8_t __tsan_atomic8_load(const uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+HOST_HIDDEN uint64_t __tsan_atomic64_load(const uint64_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 HOST_HIDDEN void __tsan_init() {}
 HOST_HIDDEN void __tsan_func_entry(void*) {}
 HOST_HIDDEN void __tsan_func_exit() {}

@@ -155,6 +155,13 @@ void check_products() {
   }
 }
 
+int check_instructions() {
+  std::vector<int> y(32 * kInstructions, -1);
+  const auto ry = registered(y, "y");
+  instructions(y.data());
+  return check_table(y.data());
+}
+
 }  // namespace
 
 int check_all() {
@@ -165,7 +172,7 @@ int check_all() {
   check_sums(7, 1000);
   check_pipeline(10);
   check_products();
-  failures += check_instructions();
+  failures += check_instructions() + check_registry();
   return failures;
 }
 

@@ -77,8 +77,11 @@ __global__ void handed_on_kernel(int* y) {
   *turn = *turn + 1;
 }
 
+__global__ void peek_kernel(float* y, const float* x) { y[threadIdx.x] = x[0]; }
+
 }  // namespace
 
+void peek(float* y, const float* x) { LK_LAUNCH(peek_kernel, 1, 1, 0, 0)(y, x); }
 void row_sum(float* y, const float* x, int rows, int columns) {
   LK_LAUNCH(row_sum_kernel, rows, kThreads, 0, 0)(y, x, columns);
 }
