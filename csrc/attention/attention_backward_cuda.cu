@@ -11,7 +11,9 @@
 //
 // float16: ds may lie beyond its range, or far below. It is multiplied by a power of two for each row of o1 that
 // follows the largest |ds| of the row so far, as the maximum of a softmax is followed; p by 2^15.
-#include "attention_rows.cuh"
+#include <utility>
+
+#include "attention_prompts.cuh"
 
 namespace llamakern::cuda {
 
@@ -45,7 +47,11 @@ struct BackwardTask {
   AttentionBackward<T> p;
   Operands<T> operands;
   bool dy_sixteens, dq_sixteens, dk_sixteens, dv_sixteens;
-  QueryRow* queries;  // [B, Hkv, T·G]
+  QueryRow* queries;             // [B, Hkv, T·G]
+  Added<T> added;                // to dq
+  const QueryRow* over_prompts;  // words: null, or what their delta lacks
+  const float* gate;             // prompts: [H], p is multiplied by it; else null
+  float *dk_sums, *dv_sums;      // prompts: [B·chunks, Hkv, P, D], which dk and dv go to
 };
 
 constexpr int kRowThreads = 128;
@@ -78,9 +84,11 @@ __global__ void __launch_bounds__(kRowThreads) attention_delta_kernel(const Back
   const int64_t index = (b * in.H + h) * in.T_ + t, G = in.G();
   const float lse = p.lse[index];
   const bool sees = lse != -INFINITY;
-  const float dlse = sees && p.dlse ? p.dlse[index] : 0.0f;
-  task.queries[((b * in.Hkv + h / G) * in.T_ + t) * G + h % G] =
-      QueryRow{sees ? lse * kLog2e : INFINITY, dlse - delta, int(keys.begin), int(keys.end)};
+  float minus_delta = (sees && p.dlse ? p.dlse[index] : 0.0f) - delta;
+  const int64_t place = ((b * in.Hkv + h / G) * in.T_ + t) * G + h % G;
+  if (task.over_prompts && in.prompts.gate[h] != 0.0f)
+    minus_delta -= in.prompts.gate[h] * task.over_prompts[place].minus_delta;
+  task.queries[place] = QueryRow{sees ? lse * kLog2e : INFINITY, minus_delta, int(keys.begin), int(keys.end)};
 }
 
 // Query tokens [begin, end) that may see one of the keys [first, first + count).
@@ -116,7 +124,7 @@ struct Lens {
 // Scores of a tile become p. Whether any is not hidden.
 template <typename Shape>
 LK_DEVICE bool weigh(float (&s)[Shape::kN / 8][4], const Operands<typename Shape::T>& o, const Tile& tile,
-                     const Lens<Shape>& lens) {
+                     const Lens<Shape>& lens, const float* gate) {
   const bool masked = o.in.mask.kind != Mask::kNone;
   const int t = lane_id() % 4;
   const float scale = o.in.scale * kLog2e;
@@ -139,6 +147,7 @@ LK_DEVICE bool weigh(float (&s)[Shape::kN / 8][4], const Operands<typename Shape
           visible = bias != -INFINITY;
         }
         x = visible ? exp2_approx(fmaf(x, scale, bias) - query.lse) : 0.0f;
+        if (gate && visible) x *= gate[query_head(o, tile, row)];
         seen |= visible;
       }
     }
@@ -175,6 +184,26 @@ struct Growth {
     }
   }
 };
+
+// A fragment of keys' rows to sums [sequence, Hkv, S, D].
+template <typename T, int kD>
+LK_DEVICE void store_sums(float* sums, const float (&x)[kD / 8][4], const float (&factor)[2], const Operands<T>& o,
+                          const Tile& tile, const int (&row)[2]) {
+  const int D = int(o.in.D);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (row[h] >= tile.S) continue;
+    float* to = sums + ((int64_t(tile.sequence) * o.in.Hkv + tile.kv) * o.in.S + row[h]) * D;
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int d = 8 * j + lane_id() % 4 * 2 + e;
+        if (d < D) to[d] = x[j][2 * h + e] * factor[h];
+      }
+    }
+  }
+}
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
@@ -242,6 +271,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
 
   float o1[1][kFirst ? kD / 8 : 1][4] = {}, o2[1][kSecond ? kD / 8 : 1][4] = {};
   Growth growth;
+  const float lift = task.gate ? 1.0f : float(1 << Shape::kLift);
   if (low < high) {
     load_rows(shared.x1[0], in.q, in.k, operands.q_sixteens, operands.k_sixteens);
     if constexpr (kFirst) load_rows(shared.x2[0], task.p.dy, in.v, task.dy_sixteens, operands.v_sixteens);
@@ -255,7 +285,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
     dot_rows<T, kD, 1, kN>(s, shared.x1[warp_row], shared.y1[stage][0]);
     lens.column0 = at;
     lens.columns = shared.y1[stage][0];
-    const bool seen = weigh<Shape>(s[0], operands, tile, lens);
+    const bool seen = weigh<Shape>(s[0], operands, tile, lens, task.gate);
     if (!__any_sync(~0u, seen)) continue;
     if constexpr (kSecond) {
       Left<T, kN> p[1];
@@ -263,7 +293,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) lifted[n][i] = s[0][n][i] * float(1 << Shape::kLift);
+        for (int i = 0; i < 4; ++i) lifted[n][i] = s[0][n][i] * lift;
       }
       p[0].set(lifted);
       multiply<T, kD, 1, kN>(o2, p, shared.y2[stage][0]);
@@ -286,9 +316,17 @@ __global__ void __launch_bounds__(Shape::kThreads)
     }
   }
 
-  const auto store = [&](T* from, const float(&o)[kD / 8][4], float factor0, float factor1, const Heads<T>& to,
-                         bool sixteens) {
-    const float factor[2] = {factor0, factor1};
+  const auto store = [&](T* from, float(&o)[kD / 8][4], float factor0, float factor1, const Heads<T>& to, bool sixteens,
+                         float* sums) {
+    float factor[2] = {factor0, factor1};
+    if (!kOwnsQueries && sums) return store_sums<T, kD>(sums, o, factor, operands, tile, lens.row);
+    if (kOwnsQueries && task.added.rows.data) {
+      const int row = lens.row[0];
+      const T* const added[2] = {task.added.row(operands, tile, row), task.added.row(operands, tile, row + 8)};
+      const float by[2] = {task.added.by(operands, tile, row), task.added.by(operands, tile, row + 8)};
+      add_rows<T, kD>(o, factor, added, by, D);
+      factor[0] = factor[1] = 1.0f;
+    }
     __syncwarp();
     put_fragment<T, kD>(from, o, factor);
     __syncwarp();
@@ -298,28 +336,54 @@ __global__ void __launch_bounds__(Shape::kThreads)
     });
   };
   if constexpr (kSecond)
-    store(shared.x1[warp_row], o2[0], 1.0f / float(1 << Shape::kLift), 1.0f / float(1 << Shape::kLift), task.p.dv,
-          task.dv_sixteens);
+    store(shared.x1[warp_row], o2[0], 1.0f / lift, 1.0f / lift, task.p.dv, task.dv_sixteens, task.dv_sums);
   if constexpr (kFirst) {
     const bool grown = std::is_same_v<T, float16>;
     const float scale = in.scale;
     store(shared.x2[warp_row], o1[0], grown ? scale / growth.by[0] : scale, grown ? scale / growth.by[1] : scale,
-          kOwnsQueries ? task.p.dq : task.p.dk, kOwnsQueries ? task.dq_sixteens : task.dk_sixteens);
+          kOwnsQueries ? task.p.dq : task.p.dk, kOwnsQueries ? task.dq_sixteens : task.dk_sixteens, task.dk_sums);
   }
+}
+
+constexpr int kSumThreads = 128;
+
+// A row of dprompt_k or dprompt_v for each block: the sums of its parts in their order.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads)
+    attention_prompt_sum_kernel(const Heads<T> to, const float* sums, int64_t P, int64_t Hkv, int64_t D,
+                                int64_t parts) {
+  const int64_t row = blockIdx.x, kv = row % Hkv, j = row / Hkv % P, b = row / Hkv / P;
+  for (int64_t d = threadIdx.x; d < D; d += kSumThreads) {
+    float sum = 0.0f;
+    for (int64_t n = b * parts; n < (b + 1) * parts; ++n) sum += sums[((n * Hkv + kv) * P + j) * D + d];
+    to.at(b, j, kv)[d] = narrow<T>(sum);
+  }
+}
+
+// dg of a head for each block: the sum over its rows of o = -minus_delta.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads) attention_gate_kernel(const BackwardTask<T> task, float* dgate) {
+  __shared__ float sums[kSumThreads];
+  const Attended<T>& in = task.p.in;
+  const int64_t h = blockIdx.x, G = in.G();
+  float sum = 0.0f;
+  for (int64_t bt = threadIdx.x; bt < in.sequences * in.T_; bt += kSumThreads)
+    sum -= task.queries[((bt / in.T_ * in.Hkv + h / G) * in.T_ + bt % in.T_) * G + h % G].minus_delta;
+  sums[threadIdx.x] = sum;
+  for (unsigned half = kSumThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) dgate[h] = sums[0];
 }
 
 // -------------------------------------------------------------------------- launchers
 
-template <typename T>
-int64_t backward_bytes(const AttentionBackward<T>& p) {
-  return all_rows(p.in) * int64_t(sizeof(QueryRow));
-}
-
 template <typename Shape, typename T>
 void launch_pass(const BackwardTask<T>& task, Stream stream) {
   const Attended<T>& in = task.p.in;
-  const int64_t blocks = in.Hkv * (Shape::kOwnsQueries ? tile_places(in, in.T_, in.G(), Shape::kRows)
-                                                       : tile_places(in, in.S, 1, Shape::kRows));
+  const int64_t blocks = in.Hkv * (Shape::kOwnsQueries ? tile_places(task.operands, in.T_, in.G(), Shape::kRows)
+                                                       : tile_places(task.operands, in.S, 1, Shape::kRows));
   if (blocks == 0) return;
   constexpr size_t kBytes = sizeof(typename Shape::Storage);
   allow_shared(attention_backward_kernel<Shape>, kBytes);
@@ -327,10 +391,10 @@ void launch_pass(const BackwardTask<T>& task, Stream stream) {
   check_launch("attention_backward_kernel");
 }
 
-// kN columns at a time, where all of D is 64, 128 and 256.
+// kN columns at a time.
 template <typename T, int kD, int kWarps, int kN>
-void launch_passes(const BackwardTask<T>& task, Stream stream) {
-  launch_pass<BackwardShape<T, kD, kQueries, kWarps, kN>>(task, stream);
+void launch_passes(const BackwardTask<T>& task, bool of_queries, Stream stream) {
+  if (of_queries) return launch_pass<BackwardShape<T, kD, kQueries, kWarps, kN>>(task, stream);
   if constexpr (kD <= 128) {
     launch_pass<BackwardShape<T, kD, kKeys, kWarps, kN>>(task, stream);
   } else {
@@ -338,29 +402,127 @@ void launch_passes(const BackwardTask<T>& task, Stream stream) {
     launch_pass<BackwardShape<T, kD, kValuesOnly, kWarps, kN>>(task, stream);
   }
 }
+template <typename T>
+void launch_passes(const BackwardTask<T>& task, bool of_queries, Stream stream) {
+  const int64_t D = task.p.in.D;
+  if constexpr (sizeof(T) == 4) {
+    D <= 128 ? launch_passes<T, 128, 4, 8>(task, of_queries, stream)
+             : launch_passes<T, 256, 2, 8>(task, of_queries, stream);
+  } else {
+    D <= 64    ? launch_passes<T, 64, 4, 32>(task, of_queries, stream)
+    : D <= 128 ? launch_passes<T, 128, 4, 32>(task, of_queries, stream)
+               : launch_passes<T, 256, 4, 16>(task, of_queries, stream);
+  }
+}
+
+template <typename T>
+BackwardTask<T> make_task(const AttentionBackward<T>& p, QueryRow* queries) {
+  return {.p = p,
+          .operands = Operands<T>(p.in),
+          .dy_sixteens = in_sixteens(p.dy),
+          .dq_sixteens = in_sixteens(p.dq),
+          .dk_sixteens = in_sixteens(p.dk),
+          .dv_sixteens = in_sixteens(p.dv),
+          .queries = queries,
+          .added = {},
+          .over_prompts = nullptr,
+          .gate = nullptr,
+          .dk_sums = nullptr,
+          .dv_sums = nullptr};
+}
+
+template <typename T>
+void launch_delta(const BackwardTask<T>& task, Stream stream) {
+  const int64_t rows = all_rows(task.p.in);
+  if (rows == 0) return;
+  LK_LAUNCH(attention_delta_kernel<T>, unsigned(ceil_div(rows, kRowThreads / 32)), kRowThreads, 0, stream)(task);
+  check_launch("attention_delta_kernel");
+}
+
+// What the backward over prompts leaves for that over words, and what it needs itself.
+template <typename T>
+struct PromptSpace {
+  int64_t chunk_tokens, chunks;  // of the queries that dk and dv of the prompts are summed over together
+  PromptOutputs<T> outputs;
+  T* dq;              // [B, T, H, D]
+  QueryRow* queries;  // [B, Hkv, T·G]
+  float *dk, *dv;     // [B·chunks, Hkv, P, D]
+
+  PromptSpace(const Attended<T>& in, Workspace& space)
+      : chunk_tokens(max64(1, 512 / in.G())),
+        chunks(max64(1, ceil_div(in.T_, chunk_tokens))),
+        outputs(in, space),
+        dq(space.take<T>(all_rows(in) * in.D)),
+        queries(space.take<QueryRow>(all_rows(in))) {
+    const int64_t sums = (in.starts_q ? 1 : in.sequences) * chunks * in.Hkv * in.prompts.P * in.D;
+    dk = space.take<float>(sums);
+    dv = space.take<float>(sums);
+  }
+};
+
+template <typename T>
+AttentionForward<T> forward_over_prompts(const AttentionBackward<T>& p, const PromptSpace<T>& at) {
+  return {dense_queries(at.outputs.y, p.in), at.outputs.lse, over_prompts(p.in)};
+}
+
+// dq of the prompts, and what they themselves receive.
+template <typename T>
+void backward_over_prompts(const AttentionBackward<T>& p, const PromptSpace<T>& at, void* rest, Stream stream) {
+  run(forward_over_prompts(p, at), rest, stream);
+  const Prompts<T>& prompts = p.in.prompts;
+  AttentionBackward<T> over{.dq = dense_queries(at.dq, p.in),
+                            .dk = p.dprompt_k,
+                            .dv = p.dprompt_v,
+                            .y = dense_queries<const T>(at.outputs.y, p.in),
+                            .dy = p.dy,
+                            .lse = at.outputs.lse,
+                            .dlse = nullptr,
+                            .in = over_prompts(p.in)};
+  BackwardTask<T> task = make_task(over, at.queries);
+  task.gate = prompts.gate;
+  launch_delta(task, stream);
+  launch_passes(task, true, stream);
+  LK_LAUNCH(attention_gate_kernel<T>, unsigned(p.in.H), kSumThreads, 0, stream)(task, p.dprompt_gate);
+  check_launch("attention_gate_kernel");
+  task.operands.chunks = at.chunks;
+  task.operands.chunk_tokens = at.chunk_tokens;
+  task.dk_sums = at.dk;
+  task.dv_sums = at.dv;
+  launch_passes(task, false, stream);
+  if (prompts.B == 0) return;
+  const int64_t parts = over.in.sequences * at.chunks / prompts.B;
+  for (const auto& [to, sums] : {std::pair{p.dprompt_k, at.dk}, {p.dprompt_v, at.dv}}) {
+    LK_LAUNCH(attention_prompt_sum_kernel<T>, unsigned(prompts.B * prompts.P * p.in.Hkv), kSumThreads, 0, stream)
+    (to, sums, prompts.P, p.in.Hkv, p.in.D, parts);
+    check_launch("attention_prompt_sum_kernel");
+  }
+}
+
+template <typename T>
+int64_t backward_bytes(const AttentionBackward<T>& p) {
+  Workspace space(nullptr);
+  space.take<QueryRow>(all_rows(p.in));
+  if (!p.in.prompts.gate || p.in.H * p.in.D == 0) return space.bytes();
+  const PromptSpace<T> prompts(p.in, space);
+  return space.bytes() + workspace_bytes(forward_over_prompts(p, prompts));
+}
 
 template <typename T>
 void attention_backward(const AttentionBackward<T>& p, void* workspace, Stream stream) {
   const Attended<T>& in = p.in;
-  if (in.sequences == 0 || in.H * in.D == 0) return;
-  const BackwardTask<T> task{p,
-                             Operands<T>(in),
-                             in_sixteens(p.dy),
-                             in_sixteens(p.dq),
-                             in_sixteens(p.dk),
-                             in_sixteens(p.dv),
-                             static_cast<QueryRow*>(workspace)};
-  if (const int64_t rows = all_rows(in)) {
-    LK_LAUNCH(attention_delta_kernel<T>, unsigned(ceil_div(rows, kRowThreads / 32)), kRowThreads, 0, stream)(task);
-    check_launch("attention_delta_kernel");
+  if (in.H * in.D == 0) return;
+  Workspace space(workspace);
+  BackwardTask<T> task = make_task(p, space.take<QueryRow>(all_rows(in)));
+  if (in.prompts.gate) {
+    const PromptSpace<T> prompts(in, space);
+    backward_over_prompts(p, prompts, space.rest(), stream);
+    task.over_prompts = prompts.queries;
+    task.added = {dense_queries<const T>(prompts.dq, in), nullptr};
   }
-  if constexpr (sizeof(T) == 4) {
-    in.D <= 128 ? launch_passes<T, 128, 4, 8>(task, stream) : launch_passes<T, 256, 2, 8>(task, stream);
-  } else {
-    in.D <= 64    ? launch_passes<T, 64, 4, 64>(task, stream)
-    : in.D <= 128 ? launch_passes<T, 128, 4, 32>(task, stream)
-                  : launch_passes<T, 256, 4, 16>(task, stream);
-  }
+  if (in.sequences == 0) return;
+  launch_delta(task, stream);
+  launch_passes(task, true, stream);
+  launch_passes(task, false, stream);
 }
 
 LK_CUDA_KERNEL(AttentionBackward<float>, attention_backward<float>, backward_bytes<float>);

@@ -4,7 +4,7 @@
 // With few rows its warps share them and part the keys of a tile, and blocks part the keys of the sequence; what they
 // leave is joined in its order. The parts follow from the sequence's length alone, so that a row of a batch has the
 // bits that it has by itself.
-#include "attention_rows.cuh"
+#include "attention_prompts.cuh"
 
 namespace llamakern::cuda {
 
@@ -52,6 +52,7 @@ struct ForwardTask {
   Operands<T> operands;
   bool y_sixteens;
   Parts parts;  // null where there is one range only
+  Added<T> added;
 };
 
 // Sets the keys that each row may see; those that some row may lie in what is returned.
@@ -180,6 +181,8 @@ LK_DEVICE void merge_warps(const ForwardTask<typename Shape::T>& task, const Til
     const int64_t index = range * task.parts.rows + row_index(task.operands, tile, row);
     const float inverse = part ? 1.0f : l == 0.0f ? 0.0f : 1.0f / l;
     T* y = query_row(task.p.y, task.operands, tile, row);
+    const T* added = task.added.rows.data ? task.added.row(task.operands, tile, row) : nullptr;
+    const float by = added ? task.added.by(task.operands, tile, row) : 0.0f;
     for (int d = lane_id(); d < D; d += 32) {
       float sum = 0.0f;
 #pragma unroll
@@ -187,7 +190,9 @@ LK_DEVICE void merge_warps(const ForwardTask<typename Shape::T>& task, const Til
       if (part) {
         task.parts.o[index * D + d] = sum;
       } else {
-        y[d] = narrow<T>(sum * inverse);
+        sum *= inverse;
+        if (by != 0.0f) sum += by * widen(added[d]);
+        y[d] = narrow<T>(sum);
       }
     }
     if (lane_id() > 0) continue;
@@ -270,6 +275,13 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_kernel(const Forwar
         if (lane_id() % 4 == 0 && row < tile.rows)
           task.p.lse[lse_index(operands, tile, row)] = kLn2 * (softmax.m[m][h] + log2f(l));
       }
+      if (task.added.rows.data) {
+        const int row = tile.first + warp_row + 16 * m + lane_id() / 4;
+        const T* const added[2] = {task.added.row(operands, tile, row), task.added.row(operands, tile, row + 8)};
+        const float by[2] = {task.added.by(operands, tile, row), task.added.by(operands, tile, row + 8)};
+        add_rows<T, kD>(o[m], inverse, added, by, D);
+        inverse[0] = inverse[1] = 1.0f;
+      }
       put_fragment<T, kD>(shared.q[warp_row + 16 * m], o[m], inverse);
     }
     __syncwarp();
@@ -296,13 +308,17 @@ __global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(const Forw
     l += ml.y * exp2_approx(ml.x - base);
   }
   const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+  const Added<T>& added = task.added;
+  const float by = added.rows.data ? added.gate[h] : 0.0f;
   for (int64_t d = lane_id(); d < in.D; d += 32) {
     float sum = 0.0f;
     for (int r = 0; r < ranges; ++r) {
       const float2 ml = task.parts.ml[r * rows + index];
       if (ml.y != 0.0f) sum += exp2_approx(ml.x - base) * task.parts.o[(r * rows + index) * in.D + d];
     }
-    task.p.y.at(b, t, h)[d] = narrow<T>(sum * inverse);
+    sum *= inverse;
+    if (by != 0.0f) sum += by * widen(added.rows.at(b, t, h)[d]);
+    task.p.y.at(b, t, h)[d] = narrow<T>(sum);
   }
   if (lane_id() == 0) task.p.lse[(b * in.H + h) * in.T_ + t] = kLn2 * (top + log2f(l));
 }
@@ -322,15 +338,24 @@ int64_t most_ranges(const Attended<T>& in) {
 }
 
 template <typename T>
+int64_t part_bytes(const Attended<T>& in) {
+  const int64_t ranges = most_ranges(in);
+  return ranges == 1 ? 0 : ranges * all_rows(in) * (int64_t(sizeof(float2)) + in.D * int64_t(sizeof(float)));
+}
+
+template <typename T>
 int64_t forward_bytes(const AttentionForward<T>& p) {
-  const int64_t ranges = most_ranges(p.in);
-  return ranges == 1 ? 0 : ranges * all_rows(p.in) * (int64_t(sizeof(float2)) + p.in.D * int64_t(sizeof(float)));
+  const Attended<T>& in = p.in;
+  if (!in.prompts.gate) return part_bytes(in);
+  Workspace space(nullptr);
+  PromptOutputs<T>(in, space);
+  return space.bytes() + max64(part_bytes(in), part_bytes(over_prompts(in)));
 }
 
 template <typename Shape, typename T>
 void launch_forward(const ForwardTask<T>& task, int64_t ranges, Stream stream) {
   const Attended<T>& in = task.p.in;
-  const int64_t blocks = in.Hkv * tile_places(in, in.T_, in.G(), Shape::kRows);
+  const int64_t blocks = in.Hkv * tile_places(task.operands, in.T_, in.G(), Shape::kRows);
   constexpr size_t kBytes = sizeof(typename Shape::Storage);
   allow_shared(attention_kernel<Shape>, kBytes);
   LK_LAUNCH(attention_kernel<Shape>, dim3(unsigned(blocks), unsigned(ranges)), Shape::kThreads, kBytes, stream)(task);
@@ -338,16 +363,15 @@ void launch_forward(const ForwardTask<T>& task, int64_t ranges, Stream stream) {
 }
 
 template <typename T>
-void attention_forward(const AttentionForward<T>& p, void* workspace, Stream stream) {
+void over_keys(const AttentionForward<T>& p, const Added<T>& added, void* workspace, Stream stream) {
   const Attended<T>& in = p.in;
-  if (all_rows(in) == 0) return;
   const int64_t ranges = most_ranges(in), rows = all_rows(in);
   Parts parts{};
   if (ranges > 1) {
     float2* ml = static_cast<float2*>(workspace);
     parts = {ml, reinterpret_cast<float*>(ml + ranges * rows), rows};
   }
-  const ForwardTask<T> task{p, Operands<T>(in), in_sixteens(p.y), parts};
+  const ForwardTask<T> task{p, Operands<T>(in), in_sixteens(p.y), parts, added};
   constexpr bool kWide = sizeof(T) == 4;
   if (few_rows(in)) {
     constexpr int kKeys = kWide ? 32 : 64;
@@ -366,6 +390,17 @@ void attention_forward(const AttentionForward<T>& p, void* workspace, Stream str
     : in.D <= 128 ? launch_forward<ForwardShape<T, 128, 4, 1, 2, 32>>(task, 1, stream)
                   : launch_forward<ForwardShape<T, 256, 4, 1, 1, 64>>(task, 1, stream);
   }
+}
+
+template <typename T>
+void attention_forward(const AttentionForward<T>& p, void* workspace, Stream stream) {
+  const Attended<T>& in = p.in;
+  if (all_rows(in) == 0) return;
+  if (!in.prompts.gate) return over_keys<T>(p, {}, workspace, stream);
+  Workspace space(workspace);
+  const PromptOutputs<T> prompts(in, space);
+  over_keys<T>({dense_queries(prompts.y, in), prompts.lse, over_prompts(in)}, {}, space.rest(), stream);
+  over_keys<T>(p, {dense_queries<const T>(prompts.y, in), in.prompts.gate}, space.rest(), stream);
 }
 
 LK_CUDA_KERNEL(AttentionForward<float>, attention_forward<float>, forward_bytes<float>);

@@ -11,7 +11,8 @@ namespace llamakern::cuda {
 template <typename T>
 struct Operands {
   Attended<T> in;
-  Divide group, block;  // by G, and by the tokens of a block of the cache
+  Divide group, block;                   // by G, and by the tokens of a block of the cache
+  int64_t chunks = 1, chunk_tokens = 0;  // the queries of a sequence may be cut into sequences of so many tokens
   bool q_sixteens, k_sixteens, v_sixteens;
 
   explicit Operands(const Attended<T>& in)
@@ -26,12 +27,13 @@ struct Operands {
 // Places for tiles of `size` rows, with `per_token` rows to a token: sequence n has its first at
 // start_n·per_token / size + n where sequences are packed.
 template <typename T>
-int64_t tile_places(const Attended<T>& in, int64_t tokens, int64_t per_token, int64_t size) {
-  if (in.starts_q) return tokens * per_token / size + in.sequences;
-  return ceil_div(tokens * per_token, size) * in.sequences;
+LK_HD int64_t tile_places(const Operands<T>& o, int64_t tokens, int64_t per_token, int64_t size) {
+  if (o.in.starts_q) return tokens * per_token / size + o.in.sequences;
+  return ceil_div(tokens * per_token, size) * o.in.sequences * o.chunks;
 }
 
 struct Tile {
+  int sequence;
   int b, q_begin, k_begin, T, S;  // the sequence
   int kv;
   int first;  // row
@@ -41,11 +43,12 @@ struct Tile {
 // Tile number `block` of tile_places(...) for each key/value head. The last tiles of a sequence come first: where
 // causal, they are the longest.
 template <typename T>
-LK_DEVICE Tile find_tile(const Attended<T>& in, const int32_t* starts, int64_t tokens, int64_t per_token, int size,
+LK_DEVICE Tile find_tile(const Operands<T>& o, const int32_t* starts, int64_t tokens, int64_t per_token, int size,
                          bool of_keys, int64_t block) {
-  int64_t places, n, index;
+  const Attended<T>& in = o.in;
+  const int64_t places = tile_places(o, tokens, per_token, size);
+  int64_t n, index;
   if (starts) {
-    places = tokens * per_token / size + in.sequences;
     const int64_t place = block % places;
     int64_t low = 0, high = in.sequences;  // the place of low <= place < that of high
     while (high - low > 1) {
@@ -56,12 +59,15 @@ LK_DEVICE Tile find_tile(const Attended<T>& in, const int32_t* starts, int64_t t
     index = place - (starts[n] * per_token / size + n);
   } else {
     const int64_t tiles = ceil_div(tokens * per_token, size);
-    places = tiles * in.sequences;
     n = block % places / tiles;
     index = block % tiles;
   }
-  const Sequence at = in.sequence(n);
-  Tile tile{int(at.b), int(at.q_begin), int(at.k_begin), int(at.T), int(at.S), int(block / places), 0, 0};
+  Sequence at = in.sequence(n / o.chunks);
+  if (o.chunks > 1) {
+    at.q_begin = n % o.chunks * o.chunk_tokens;
+    at.T = min64(o.chunk_tokens, at.T - at.q_begin);
+  }
+  Tile tile{int(n), int(at.b), int(at.q_begin), int(at.k_begin), int(at.T), int(at.S), int(block / places), 0, 0};
   tile.rows = int((of_keys ? at.S : at.T) * per_token);
   const int count = (tile.rows + size - 1) / size;
   tile.first = index < count ? (count - 1 - int(index)) * size : tile.rows;
@@ -70,13 +76,18 @@ LK_DEVICE Tile find_tile(const Attended<T>& in, const int32_t* starts, int64_t t
 
 template <typename T>
 LK_DEVICE Tile find_query_tile(const Operands<T>& o, int size, int64_t block) {
-  return find_tile(o.in, o.in.starts_q, o.in.T_, o.in.G(), size, false, block);
+  return find_tile(o, o.in.starts_q, o.in.T_, o.in.G(), size, false, block);
 }
 template <typename T>
 LK_DEVICE Tile find_key_tile(const Operands<T>& o, int size, int64_t block) {
-  return find_tile(o.in, o.in.starts_q ? o.in.starts_k : nullptr, o.in.S, 1, size, true, block);
+  return find_tile(o, o.in.starts_k, o.in.S, 1, size, true, block);
 }
 
+template <typename T>
+LK_DEVICE int64_t query_head(const Operands<T>& o, const Tile& tile, int row) {
+  const uint32_t t = o.group.quotient(uint32_t(row));
+  return tile.kv * int64_t(o.group.d) + uint32_t(row) - t * o.group.d;
+}
 // Row `row` of x, [B, T, H, D], or null.
 template <typename U, typename T>
 LK_DEVICE U* query_row(const Heads<U>& x, const Operands<T>& o, const Tile& tile, int row) {

@@ -111,6 +111,25 @@ LK_DEVICE void put_fragment(T* tile, const float (&x)[kD / 8][4], const float (&
   }
 }
 
+// x = x factor + by row, of rows g and g + 8 of a fragment; nothing is added where by is 0.
+template <typename T, int kD>
+LK_DEVICE void add_rows(float (&x)[kD / 8][4], const float (&factor)[2], const T* const (&row)[2], const float (&by)[2],
+                        int D) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int d = 8 * j + lane_id() % 4 * 2 + e;
+        float& sum = x[j][2 * h + e];
+        sum *= factor[h];
+        if (by[h] != 0.0f && d < D) sum += by[h] * widen(row[h][d]);
+      }
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------ products
 
 template <int kD, int kN>
