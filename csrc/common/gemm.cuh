@@ -5,7 +5,8 @@
 //   using Tile = LargeTile<T>;                          // tensor cores for bfloat16 and float16, FMAs for float
 //   LK_DYNAMIC_SHARED(Tile::Shared, shared);            // sizeof(Tile::Shared) bytes at the launch
 //   Tile tile;                                          // zeros
-//   tile.add(shared, u, v, m, n, K);                    // C[m ..., n ...] += sum over K; as often as there are terms
+//   tile.add(shared, u, v, m, n, K);                    // C[m ..., n ...] += sum over [0, K), or over [begin, K) with
+//                                                       // one argument more; as often as there are terms
 //   tile.each([&](int m, int n, float& c) { ... });     // this thread's elements, by their place in the tile
 //
 // u and v are operands: Rows {data, ld, rows, columns} where a row of memory is a row of U (of V) and the reduction
@@ -122,10 +123,10 @@ constexpr int slice_bytes(int side, int depth, int element) {
   return along > across ? along : across;
 }
 
-// Slice after slice through two buffers: multiply(u, v) takes those that have landed.
+// Slice after slice of steps [begin, end) through two buffers: multiply(u, v) takes those that have landed.
 template <typename Tile, typename U, typename V, typename Multiply>
-LK_DEVICE void for_slices(typename Tile::Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t depth,
-                          const Multiply& multiply) {
+LK_DEVICE void for_slices(typename Tile::Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t begin,
+                          int64_t end, const Multiply& multiply) {
   Slice<U, Tile::kRows, Tile::kDepth, Tile::kThreads> u_slice;
   Slice<V, Tile::kColumns, Tile::kDepth, Tile::kThreads> v_slice;
   const auto u_tile = [&](int b) LK_INLINE { return reinterpret_cast<typename U::Element*>(shared.u[b]); };
@@ -139,14 +140,14 @@ LK_DEVICE void for_slices(typename Tile::Shared& shared, const U& u, const V& v,
     u_slice.put(u, u_tile(b));
     v_slice.put(v, v_tile(b));
   };
-  if (depth > 0) {
-    fetch(0, 0);
+  if (begin < end) {
+    fetch(0, begin);
     land(0);
   }
-  for (int64_t k = 0, now = 0; k < depth; k += Tile::kDepth, now ^= 1) {
+  for (int64_t k = begin, now = 0; k < end; k += Tile::kDepth, now ^= 1) {
     cp_async_wait<0>();
     __syncthreads();
-    const bool more = k + Tile::kDepth < depth;
+    const bool more = k + Tile::kDepth < end;
     if (more) fetch(int(now ^ 1), k + Tile::kDepth);
     multiply(u_tile(int(now)), v_tile(int(now)));
     if (more) land(int(now ^ 1));
@@ -171,9 +172,9 @@ struct MmaTile {
   float sum[kWarpRows / 16][kWarpColumns / 8][4] = {};
 
   template <typename U, typename V>
-  LK_DEVICE void add(Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t depth) {
+  LK_DEVICE void add(Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t end, int64_t begin = 0) {
     static_assert(std::is_same_v<typename U::Element, typename V::Element>);
-    for_slices<MmaTile>(shared, u, v, m, n, depth, [&](const auto* u_tile, const auto* v_tile) LK_INLINE {
+    for_slices<MmaTile>(shared, u, v, m, n, begin, end, [&](const auto* u_tile, const auto* v_tile) LK_INLINE {
       multiply<typename U::Element, U::kAcross, V::kAcross>(u_tile, v_tile);
     });
   }
@@ -241,8 +242,8 @@ struct FloatTile {
   float sum[8][4] = {};
 
   template <typename U, typename V>
-  LK_DEVICE void add(Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t depth) {
-    for_slices<FloatTile>(shared, u, v, m, n, depth, [&](const float* u_tile, const float* v_tile) LK_INLINE {
+  LK_DEVICE void add(Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t end, int64_t begin = 0) {
+    for_slices<FloatTile>(shared, u, v, m, n, begin, end, [&](const float* u_tile, const float* v_tile) LK_INLINE {
       multiply<U::kAcross, V::kAcross>(u_tile, v_tile);
     });
   }

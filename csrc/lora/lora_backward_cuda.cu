@@ -67,7 +67,7 @@ void launch_dx(const Dx<T, Base>& p, Stream stream) {
 // ---------------------------------------------------------------------------- dA and dB
 
 // out(r, c) = factor·Σ_m narrow[m][r] values[m][c]: dA [R][K] of g and drop(x), dB [N][R] of h and dy. Long sums are
-// cut into pieces of the tokens, by their number alone.
+// cut into pieces of the tokens, by their number alone, and summed in their order.
 template <typename T>
 struct Gradient {
   T* same;  // out, of T or float32: element (r, c) at r·out_r + c·out_c
@@ -90,25 +90,19 @@ struct Gradient {
   }
 };
 
-constexpr int64_t kPieceTokens = 256, kMostPieces = 16;
+constexpr int64_t kPieceTokens = 256;
 constexpr int kSumThreads = 256;
 
 template <typename T>
-__global__ void __launch_bounds__(SmallTile<T>::kThreads, SmallTile<T>::kBlocks)
-    lora_gradient_kernel(const Gradient<T> p) {
+__global__ void __launch_bounds__(SmallTile<T>::kThreads, 2) lora_gradient_kernel(const Gradient<T> p) {
   using Tile = SmallTile<T>;
   LK_DYNAMIC_SHARED(typename Tile::Shared, shared);
   const TileAt<Tile> at(p.R, p.C);
-  const int64_t begin = blockIdx.y * p.piece, tokens = min64(p.piece, p.M - begin);
+  const int64_t begin = blockIdx.y * p.piece, end = min64(p.M, begin + p.piece);
   Tile tile;
-  const auto narrow = [&](bool low) LK_INLINE {
-    auto u = p.narrow.template operand<true>(low, tokens, p.R);
-    u.data += begin * u.ld;
-    return u;
-  };
-  const auto values = [&](bool low)
-                          LK_INLINE { return Kept<T, true>{p.values, p.ld, tokens, p.C, p.drop, low, begin}; };
-  add_parts(tile, shared, narrow, values, p.narrow.low, std::is_same_v<T, float16>, at.m, at.n, tokens);
+  const auto narrow = [&](bool low) LK_INLINE { return p.narrow.template operand<true>(low, p.M, p.R); };
+  const auto values = [&](bool low) LK_INLINE { return Kept<T, true>{p.values, p.ld, p.M, p.C, p.drop, low}; };
+  add_parts(tile, shared, narrow, values, p.narrow.low, std::is_same_v<T, float16>, at.m, at.n, end, begin);
   tile.each([&](int i, int j, float sum) LK_INLINE {
     const int64_t r = at.m + i, c = at.n + j;
     if (r >= p.R || c >= p.C) return;
@@ -155,8 +149,8 @@ void backward(T* dx, const Base& base, const AdapterBackward<T, P>& p, void* wor
   Pieces pieces(workspace);
   float* g = pieces.take<float>(M * R);
   const auto b = lora.parts_of_b(pieces, stream);
-  lora_narrow<true>(Narrow<T>{g, p.dy, p.dy_row, {}, b, M, R, N, 1.0f}, stream);
-  const auto g_parts = lora.parts_of(pieces, g, M, stream), h_parts = lora.parts_of(pieces, p.h, M, stream);
+  const auto g_parts = lora_narrow<true>(pieces, Narrow<T>{g, p.dy, p.dy_row, {}, b, M, R, N, 1.0f}, lora.low, stream);
+  const auto h_parts = lora.parts_of(pieces, p.h, M, stream);
   if (dx && M * K > 0) {
     const auto a = lora.parts_of_a(pieces, stream);
     const Dx<T, Base> d{dx, g_parts, a, p.dy, p.dy_row, base, lora.drop, lora.scale, M, N, K, R};
@@ -184,7 +178,7 @@ int64_t backward_bytes(const AdapterBackward<T, P>& p) {
   Pieces pieces;
   pieces.take<float>(p.M * lora.R);
   lora.parts_of_b(pieces, nullptr);
-  lora.parts_of(pieces, nullptr, p.M, nullptr);
+  lora_narrow<true>(pieces, Narrow<T>{nullptr, nullptr, 0, {}, {}, p.M, lora.R, p.N, 1.0f}, lora.low, nullptr);
   lora.parts_of(pieces, nullptr, p.M, nullptr);
   lora.parts_of_a(pieces, nullptr);
   pieces.take<float>(pieces_of(p.M) * lora.R * max64(p.N, p.K));

@@ -210,11 +210,13 @@ void few_down(const FewDown<T>& p, Stream stream) {
 
 // ---------------------------------------------------------------------------- the ops
 
-// h = drop(x) Aᵀ
+// h = drop(x) Aᵀ; returns its parts. Where h is null, `pieces` only counts.
 template <typename T>
-void down(Pieces& pieces, float* h, const T* x, int64_t x_row, const AnyLora<T>& lora, int64_t M, Stream stream) {
+Parts<AdapterElement<T>> down(Pieces& pieces, float* h, const T* x, int64_t x_row, const AnyLora<T>& lora, int64_t M,
+                              Stream stream) {
   const auto a = lora.parts_of_a(pieces, stream);
-  lora_narrow<false>(Narrow<T>{h, x, x_row, lora.drop, a, M, lora.R, lora.K, lora.drop.keep_scale}, stream);
+  const Narrow<T> narrow{h, x, x_row, lora.drop, a, M, lora.R, lora.K, lora.drop.keep_scale};
+  return lora_narrow<false>(pieces, narrow, lora.low, stream);
 }
 
 template <typename T, typename P>
@@ -222,8 +224,7 @@ void lora_linear(const LoraLinear<T, P>& p, void* workspace, Stream stream) {
   const int64_t M = p.M, N = p.N, K = p.K;
   const AnyLora<T> lora(p.lora, N, K);
   Pieces pieces(workspace);
-  down(pieces, p.h, p.x, p.x_row, lora, M, stream);
-  const auto b = lora.parts_of_b(pieces, stream), h = lora.parts_of(pieces, p.h, M, stream);
+  const auto h = down(pieces, p.h, p.x, p.x_row, lora, M, stream), b = lora.parts_of_b(pieces, stream);
   if (p.base)
     beside(Beside<T>{p.y, h, b, p.base, p.x, p.x_row, p.w, p.bias, lora.scale, M, N, K, lora.R}, stream);
   else
@@ -235,15 +236,16 @@ void nf4_lora_linear(const Nf4LoraLinear<T, P>& p, void* workspace, Stream strea
   const int64_t M = p.M, N = p.w.N, K = p.w.K;
   const AnyLora<T> lora(p.lora, N, K);
   Pieces pieces(workspace);
+  Parts<AdapterElement<T>> h;
   if (M <= kFewTokens)
     few_down(FewDown<T>{p.h, p.x, p.x_row, {lora.a, lora.wide_a}, lora.drop, M, K, lora.R}, stream);
   else
-    down(pieces, p.h, p.x, p.x_row, lora, M, stream);
+    h = down(pieces, p.h, p.x, p.x_row, lora, M, stream);
   if (M * N == 0) return;
   const Nf4Linear<T> linear{.y = p.y, .x = p.x, .x_row = p.x_row, .w = p.w, .bias = p.bias, .M = M};
   const AdapterTerm<T> term{p.h, {lora.b, lora.wide_b}, lora.R, lora.scale};
   if (nf4_few_tokens(linear, term, stream)) return;
-  const auto b = lora.parts_of_b(pieces, stream), h = lora.parts_of(pieces, p.h, M, stream);
+  const auto b = lora.parts_of_b(pieces, stream);
   wide(Wide<T, Nf4Base<T>>{p.y, h, b, p.x, p.x_row, {p.w}, p.bias, lora.scale, M, N, K, lora.R}, stream);
 }
 
@@ -251,9 +253,8 @@ template <typename T, typename P>
 int64_t parts_bytes(const Lora<P>& p, int64_t M, int64_t N, int64_t K) {
   const AnyLora<T> lora(p, N, K);
   Pieces pieces;
-  lora.parts_of_a(pieces, nullptr);
+  down<T>(pieces, nullptr, nullptr, 0, lora, M, nullptr);
   lora.parts_of_b(pieces, nullptr);
-  lora.parts_of(pieces, nullptr, M, nullptr);
   return pieces.bytes();
 }
 template <typename T, typename P>

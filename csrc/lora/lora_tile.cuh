@@ -28,10 +28,10 @@ struct Parts {
 // tile += Σ U Vᵀ with all parts: u(low) and v(low) are the operands.
 template <typename Tile, typename U, typename V>
 LK_DEVICE void add_parts(Tile& tile, typename Tile::Shared& shared, const U& u, const V& v, bool low_u, bool low_v,
-                         int64_t m, int64_t n, int64_t depth) {
+                         int64_t m, int64_t n, int64_t end, int64_t begin = 0) {
 #pragma unroll 1
   for (int part = 0; part < 3; ++part)
-    if (part == 0 || (part == 1 ? low_u : low_v)) tile.add(shared, u(part == 1), v(part == 2), m, n, depth);
+    if (part == 0 || (part == 1 ? low_u : low_v)) tile.add(shared, u(part == 1), v(part == 2), m, n, end, begin);
 }
 
 // ---------------------------------------------------------------------------- the workspace
@@ -143,12 +143,11 @@ struct Kept {
   const T* x;
   int64_t ld, rows, columns;
   Dropout drop;
-  bool low;           // the part that bfloat16 leaves over
-  int64_t first = 0;  // row of x that is row 0 here
+  bool low;  // the part that bfloat16 leaves over
 
   LK_DEVICE void fetch(Element*, Chunk& chunk, int64_t row, int64_t column) const {
     const int64_t left = row < rows ? columns - column : 0;
-    const T* from = x + (first + row) * ld + column;
+    const T* from = x + row * ld + column;
     if (left >= kChunk && rows_aligned(x, ld)) {
       const uint4 raw = *reinterpret_cast<const uint4*>(from);
       chunk = __builtin_bit_cast(Chunk, raw);
@@ -157,7 +156,7 @@ struct Kept {
       for (int j = 0; j < kChunk; ++j) chunk.x[j] = j < left ? from[j] : T{};
     }
     if (!drop.seed || left <= 0) return;
-    const uint64_t keys = drop.row_keys(first + row);
+    const uint64_t keys = drop.row_keys(row);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j)
       if (is_dropped(drop, keys, column + j)) chunk.x[j] = T{};
@@ -183,7 +182,8 @@ struct Kept {
 
 // ---------------------------------------------------------------------------- h and g
 
-// out [M][R] = factor·Σ U Vᵀ: h = drop(x) Aᵀ (kAcross = false, V = A [R][depth]) or g = dy B (true, V = B [depth][R]).
+// out [M][R] = factor·Σ U Vᵀ and its parts: h = drop(x) Aᵀ (kAcross = false, V = A [R][depth]) or g = dy B (true, V = B
+// [depth][R]). A long reduction is cut into pieces, by its length alone, which are summed in their order.
 template <typename T>
 struct Narrow {
   float* out;
@@ -193,7 +193,13 @@ struct Narrow {
   Parts<AdapterElement<T>> v;
   int64_t M, R, depth;
   float factor;
+  int64_t pieces = 1, piece = 0;             // of so many steps
+  float* partial = nullptr;                  // [pieces][M][R]
+  bfloat16 *high = nullptr, *low = nullptr;  // [M][ld]: where 16 bits follow
+  int64_t ld = 0;
 };
+
+constexpr int64_t kPieceSteps = 1024, kMostPieces = 16;
 
 template <typename T, bool kAcross>
 __global__ void __launch_bounds__(SmallTile<T>::kThreads, SmallTile<T>::kBlocks) lora_narrow_kernel(const Narrow<T> p) {
@@ -205,20 +211,56 @@ __global__ void __launch_bounds__(SmallTile<T>::kThreads, SmallTile<T>::kBlocks)
   const auto v = [&](bool low) LK_INLINE {
     return p.v.template operand<kAcross>(low, kAcross ? p.depth : p.R, kAcross ? p.R : p.depth);
   };
-  add_parts(tile, shared, u, v, std::is_same_v<T, float16>, p.v.low, at.m, at.n, p.depth);
+  const int64_t begin = blockIdx.y * p.piece, end = min64(p.depth, begin + p.piece);
+  add_parts(tile, shared, u, v, std::is_same_v<T, float16>, p.v.low, at.m, at.n, end, begin);
   tile.each([&](int i, int j, float sum) LK_INLINE {
     const int64_t m = at.m + i, r = at.n + j;
-    if (m < p.M && r < p.R) p.out[m * p.R + r] = sum * p.factor;
+    if (m < p.M && r < p.R) p.partial[(blockIdx.y * p.M + m) * p.R + r] = sum;
   });
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kSplitThreads) lora_narrow_sum_kernel(const Narrow<T> p) {
+  const int64_t i = int64_t(blockIdx.x) * kSplitThreads + threadIdx.x, count = p.M * p.R;
+  if (i >= count) return;
+  float sum = p.partial[i];
+  for (int64_t piece = 1; piece < p.pieces; ++piece) sum += p.partial[piece * count + i];
+  sum *= p.factor;
+  p.out[i] = sum;
+  if (!p.high) return;
+  const int64_t at = i / p.R * p.ld + i % p.R;
+  p.high[at] = narrow<bfloat16>(sum);
+  if (p.low) p.low[at] = narrow<bfloat16>(sum - widen(narrow<bfloat16>(sum)));
+}
+
+// Returns the parts of `out`. Where out is null, `pieces` only counts.
 template <bool kAcross, typename T>
-void lora_narrow(const Narrow<T>& p, Stream stream) {
-  if (p.M * p.R == 0) return;
+Parts<AdapterElement<T>> lora_narrow(Pieces& pieces, Narrow<T> p, bool low, Stream stream) {
   using Tile = SmallTile<T>;
+  using E = AdapterElement<T>;
+  p.pieces = max64(1, min64(kMostPieces, p.depth / kPieceSteps));
+  p.piece = round_up(ceil_div(p.depth, p.pieces), Tile::kDepth);
+  p.pieces = max64(1, ceil_div(p.depth, max64(1, p.piece)));
+  p.partial = pieces.template take<float>(p.pieces * p.M * p.R);
+  Parts<E> parts;
+  if constexpr (std::is_same_v<E, float>) {
+    parts = {p.out, nullptr, p.R};
+  } else {
+    p.ld = round_up(p.R, 8);
+    p.high = pieces.template take<bfloat16>(p.M * p.ld);
+    if (low) p.low = pieces.template take<bfloat16>(p.M * p.ld);
+    parts = {p.high, p.low, p.ld};
+  }
+  if (!p.out || p.M * p.R == 0) return parts;
+  dim3 grid = tiles_of<Tile>(p.M, p.R);
+  grid.y = unsigned(p.pieces);
   const auto kernel = lora_narrow_kernel<T, kAcross>;
-  LK_LAUNCH(kernel, tiles_of<Tile>(p.M, p.R), Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
+  LK_LAUNCH(kernel, grid, Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
   check_launch("lora_narrow_kernel");
+  const unsigned blocks = unsigned(ceil_div(p.M * p.R, kSplitThreads));
+  LK_LAUNCH(lora_narrow_sum_kernel<T>, dim3(blocks), kSplitThreads, 0, stream)(p);
+  check_launch("lora_narrow_sum_kernel");
+  return parts;
 }
 
 }  // namespace llamakern::cuda
