@@ -20,34 +20,6 @@ namespace llamakern::cuda {
 
 // ---------------------------------------------------------------------------- operands
 
-// x[0 ... 8) of which `left` exist; the others are 0.
-template <typename T>
-LK_DEVICE void load_eight(float (&out)[8], const T* x, int64_t left, bool aligned) {
-  if (aligned && left >= 8) {
-    if constexpr (std::is_same_v<T, float>) {
-      const float4 first = reinterpret_cast<const float4*>(x)[0], second = reinterpret_cast<const float4*>(x)[1];
-      out[0] = first.x, out[1] = first.y, out[2] = first.z, out[3] = first.w;
-      out[4] = second.x, out[5] = second.y, out[6] = second.z, out[7] = second.w;
-    } else {
-      const uint4 v = *reinterpret_cast<const uint4*>(x);
-      const uint32_t pair[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        out[2 * i] = widen(T{uint16_t(pair[i])});
-        out[2 * i + 1] = widen(T{uint16_t(pair[i] >> 16)});
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = i < left ? widen(x[i]) : 0.0f;
-  }
-}
-
-template <typename T>
-LK_DEVICE bool rows_aligned(const T* x, int64_t x_row) {
-  return (reinterpret_cast<uintptr_t>(x) | uintptr_t(x_row * int64_t(sizeof(T)))) % 16 == 0;
-}
-
 // 16 bytes of E's at `to`, a place in the tile, from source[0 ... left), zeros behind them.
 template <typename E>
 LK_DEVICE void copy_chunk(E* to, const E* source, int64_t left, bool aligned) {
@@ -75,10 +47,13 @@ struct Dense {
   // Begins to bring elements (row, column) ... to their place in the tile.
   LK_DEVICE void fetch(E* to, Chunk&, int64_t row, int64_t column) const {
     const bool inside = row < rows && column < columns;
-    copy_chunk(to, inside ? data + row * ld + column : data, inside ? columns - column : 0, rows_aligned(data, ld));
+    copy_chunk(to, inside ? data + row * ld + column : data, inside ? columns - column : 0, aligned());
   }
   // Ends it, after the slice before was multiplied.
   LK_DEVICE void put(E*, const Chunk&) const {}
+
+ private:
+  LK_DEVICE bool aligned() const { return (reinterpret_cast<uintptr_t>(data) | uintptr_t(ld * sizeof(E))) % 16 == 0; }
 };
 template <typename E>
 using Rows = Dense<E, false>;
@@ -156,11 +131,9 @@ LK_DEVICE void for_slices(typename Tile::Shared& shared, const U& u, const V& v,
 
 // ---------------------------------------------------------------------------- tensor cores
 
-// kBlocks: that an SM is to hold at once, which bounds the registers of a kernel's __launch_bounds__.
-template <int kM, int kN, int kWarpsM, int kWarpsN, int kBlocksOfSm>
+template <int kM, int kN, int kWarpsM, int kWarpsN>
 struct MmaTile {
   static constexpr int kRows = kM, kColumns = kN, kDepth = 64, kThreads = 32 * kWarpsM * kWarpsN;
-  static constexpr int kBlocks = kBlocksOfSm;
   static constexpr int kWarpRows = kM / kWarpsM, kWarpColumns = kN / kWarpsN;
   static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0);
   struct Shared {
@@ -232,7 +205,7 @@ struct MmaTile {
 // A thread makes 8 x 4 elements. The products of a slice are summed before they join the total: a long reduction loses
 // less.
 struct FloatTile {
-  static constexpr int kRows = 64, kColumns = 64, kDepth = 32, kThreads = 128, kBlocks = 2;
+  static constexpr int kRows = 64, kColumns = 64, kDepth = 32, kThreads = 128;
   struct Shared {
     __align__(16) unsigned char u[2][slice_bytes(kRows, kDepth, 4)];
     __align__(16) unsigned char v[2][slice_bytes(kColumns, kDepth, 4)];
@@ -303,9 +276,9 @@ struct FloatTile {
 // ---------------------------------------------------------------------------- grids
 
 template <typename T>
-using LargeTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTile<128, 128, 2, 4, 1>>;
+using LargeTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTile<128, 128, 2, 4>>;
 template <typename T>
-using SmallTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTile<32, 64, 2, 2, 4>>;
+using SmallTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTile<32, 64, 2, 2>>;
 
 // Whether C [M][N] has enough large tiles to keep a GPU busy. The choice changes no bits.
 template <typename T>

@@ -98,6 +98,22 @@ LK_DEVICE uint32_t narrow2(float first, float second) {
 #endif
 }
 
+// narrow() of both, in one register.
+template <typename T>
+LK_DEVICE uint32_t narrow_pair(float first, float second) {
+#ifdef __CUDACC__
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  }
+  return pair;
+#else
+  return pack(narrow<T>(first), narrow<T>(second));
+#endif
+}
+
 // The nearest float with 10 bits of mantissa, ties away from zero: an operand of mma_tf32.
 LK_DEVICE uint32_t narrow_tf32(float x) {
 #ifdef __CUDACC__
@@ -109,7 +125,39 @@ LK_DEVICE uint32_t narrow_tf32(float x) {
 #endif
 }
 
+// ---- bytes ----------------------------------------------------------------------------------------------------------
+
+// Byte i of the result is byte (selector >> 4i & 7) of the eight bytes a, b; with bit 3, that byte's sign in every bit.
+LK_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef __CUDACC__
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+#else
+  const uint64_t from = a | uint64_t(b) << 32;
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = from >> (selector >> 4 * i & 7) * 8 & 255;
+    bytes |= (selector >> 4 * i & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+  }
+  return bytes;
+#endif
+}
+
 // ---- math -----------------------------------------------------------------------------------------------------------
+
+// a·b, rounded even where a sum follows that could have become an fma.
+LK_DEVICE float product(float a, float b) {
+#ifdef __CUDACC__
+  float y;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  float y = a * b;
+  asm("" : "+m"(y));
+  return y;
+#endif
+}
 
 // 2^x to about 2 ulp; 2^-inf is 0.
 LK_DEVICE float exp2_approx(float x) {
