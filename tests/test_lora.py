@@ -29,6 +29,8 @@ SHAPES = [
     (20, 30, 64, 200),  # a rank wider than a panel
     (33, 40, 1088, 16),  # several blocks of the reduction
     (3, 20, 2112, 8),
+    (9, 33, 2112, 5),  # the reduction of h in pieces
+    (9, 2112, 64, 5),  # and of g
     (1030, 33, 64, 4),  # so many tokens that a dense base is part of the reduction in bfloat16 too
 ]
 RAGGED = [(1, 5, 33, 2), (70, 11, 99, 5)]
@@ -68,6 +70,14 @@ def check(case, **knobs):
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
 def test_forward_backward(shape, base, dtype, isa):
     check(make_case(base, *shape, dtype), scale=0.7)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("shape", [(1000, 990, 64, 8), (1000, 64, 960, 8)], ids=label)
+def test_large_tiles(shape, base, narrow, isa):
+    """Large enough for the larger tile of a GPU, forward or backward, and for dA and dB in pieces of the tokens."""
+    check(make_case(base, *shape, narrow), scale=0.7)
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
@@ -205,7 +215,14 @@ def test_scales_and_double_quantisation(base, dtype):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    "shape", [(3, 250, 192, 5), (90, 250, 192, 5), (1030, 250, 192, 5), (65, 1601, 1408, 16)], ids=label
+    "shape",
+    [
+        (3, 250, 192, 5),
+        (90, 130, 128, 5),
+        pytest.param((1030, 250, 192, 5), marks=pytest.mark.large),
+        pytest.param((65, 1601, 1408, 16), marks=pytest.mark.large),
+    ],
+    ids=label,
 )
 def test_equal_bits_for_any_thread_count(shape, base, dtype, isa):
     op, _, inputs = make_case(base, *shape, dtype)

@@ -36,7 +36,7 @@ SHAPES = [
     (64, 250, 192),  # one full strip, several panels
     (100, 33, 64),
     (600, 9, 64),  # several groups of strips
-    (65, 1601, 1664),  # rows enough to be cut into panels and pieces of panels, forward and backward
+    pytest.param((65, 1601, 1664), marks=pytest.mark.large),  # panels and pieces of panels, forward and backward
 ]
 RAGGED = [(1, 5, 33), (3, 7, 100), (16, 33, 65), (70, 11, 99)]  # blocks cross rows, rows start inside a byte
 
@@ -177,6 +177,13 @@ def test_bitsandbytes_itself(dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
 def test_forward_backward(shape, dtype, isa):
     check_linear(*shape, dtype)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1000, 990, 64), (1000, 64, 960)], ids=label)
+def test_large_tiles(shape, narrow, isa):
+    """Large enough for the larger tile of a GPU, forward or backward."""
+    check_linear(*shape, narrow)
 
 
 @pytest.mark.parametrize("double", [False, True])
