@@ -28,15 +28,6 @@ build() {
   LLAMAKERN_CUDA=1 LLAMAKERN_CUDA_ARCHS=${LLAMAKERN_CUDA_ARCHS:-$(arch)} LLAMAKERN_BUILD_NAME=cmake-gpu \
     "$PYTHON" setup.py -q build --build-lib "$PLACE"
   "$PYTHON" -c 'from llamakern import runs; [print(f"{k:<14}{v}") for k, v in runs.environment().items()]'
-  instructions
-}
-
-# The harness's meaning of each instruction against the card's.
-instructions() {
-  local out=$PLACE/instructions here=tests/host_cuda
-  g++ -std=c++20 -O2 -Dinstructions=instructions_on_gpu -c $here/table.cpp -o $out-table.o
-  g++ -std=c++20 -O2 -Dinstructions=instructions_on_gpu -c tests/gpu/instructions.cpp -o $out-main.o
-  "$NVCC" -std=c++20 -arch=native $here/instructions.cu $out-table.o $out-main.o -o $out
 }
 
 rooms() {
@@ -51,7 +42,7 @@ tests_of() {
 
 run_tests() {
   local status=0
-  "$PLACE/instructions" || status=1
+  make -s -C tests/host_cuda gpu PATH="$(dirname "$NVCC"):$PATH" || status=1  # the harness's instructions on the card
   export LLAMAKERN_TEST_DEVICE=cuda
   # shellcheck disable=SC2046
   timeout 420 "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=40 -m "not slow" $(tests_of) tests/test_cuda.py || status=1
