@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import (
+    DEVICE,
     assert_same_bits,
     check_against_reference,
     check_float16_range,
@@ -260,7 +261,7 @@ def test_only_what_wants_a_gradient_gets_one():
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_autocast(narrow):
     op, _, (x, w, lora_a, lora_b, bias) = make_case("dense", 5, 6, 64, 3)
-    with torch.autocast("cpu", narrow):
+    with torch.autocast(DEVICE, narrow):
         y = op(x, w, lora_a, lora_b, bias, scale=1.0)
     y.float().sum().backward()
     assert_same_bits(y, op(x.to(narrow), w.to(narrow), lora_a, lora_b, bias, scale=1.0))

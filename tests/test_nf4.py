@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from compare import assert_same_bits, check_against_reference, outputs_and_gradients
+from compare import DEVICE, assert_same_bits, check_against_reference, outputs_and_gradients
 
 from llamakern import ops
 from llamakern.ops.nf4 import (
@@ -270,7 +270,7 @@ def test_flat_and_row_form_are_the_same_bytes(dtype):
 def test_autocast(narrow):
     weight, absmax, _ = make_weight(16, 64)
     x, bias = torch.randn(3, 64), torch.randn(16)
-    with torch.autocast("cpu", narrow):
+    with torch.autocast(DEVICE, narrow):
         y = ops.nf4_linear(x, weight, absmax, bias)
     assert_same_bits(y, ops.nf4_linear(x.to(narrow), weight, absmax, bias))
 
