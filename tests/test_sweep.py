@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from llamakern.cli import main
 from llamakern.sweep import CompareConfig, candidates
 from llamakern.sweep_table import bibtex, comma_separated, latex, markdown
 
-METHODS = ("lora", "qlora", "adapter", "adapter_v2", "excitor", "prompt", "full", "lora+excitor")
+METHODS = ("lora", "qlora", "adapter_v2", "excitor", "prompt", "full", "lora+excitor")
 
 
 def words(tiny, out, **values):
@@ -99,9 +100,11 @@ def test_finished_runs_are_not_made_again(report, monkeypatch):
     config.batch_size = 2
 
 
-def test_a_run_that_was_lost_is_made_again_to_the_same_numbers(report):
+def test_a_run_that_was_lost_is_made_again_to_the_same_numbers(report, tmp_path):
     made, out, config = report
-    victim = out / "runs" / f"adapter-lr{made['rows'][2]['lr']:g}-seed0"
+    out = shutil.copytree(out, tmp_path / "copy")
+    config = settings.make(CompareConfig, vars(config) | {"out": out})
+    victim = out / "runs" / f"adapter_v2-lr{made['rows'][2]['lr']:g}-seed0"
     (victim / "result.json").unlink()
     again = sweep.compare(config, quiet=True)
     assert again["rows"][2]["test_loss"] == made["rows"][2]["test_loss"]
