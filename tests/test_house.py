@@ -101,7 +101,8 @@ PUBLIC = {
     ),
     "llamakern.nn": ("LoRALinear", "MoE", "NF4Linear", "RMSNorm"),
     "llamakern.peft": (
-        "ExcitorConfig", "LoRAConfig", "Method.attach", "Parts", "activate", "active", "adapters", "apply", "count_trainable",
+        "AdapterConfig", "AdapterV2Config", "ExcitorConfig", "FullConfig", "LoRAConfig", "Method.attach", "Parts",
+        "PromptConfig", "activate", "active", "adapters", "apply", "count_trainable",
         "find_method", "load", "merge", "merge_report", "register", "remove", "save",
     ),
 }  # fmt: skip
