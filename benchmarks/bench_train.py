@@ -3,6 +3,7 @@
 Of a method that no one else has, the rival is the same model's step without it, through the same layers.
 
     python benchmarks/bench_train.py --method qlora              the 158M model, LoRA of rank 16 on all linears
+    python benchmarks/bench_train.py --method adapter            LLaMA-Adapter in its top 6 layers, as PEFT computes it
     python benchmarks/bench_train.py --method qlora --curve      the same with one sequence of 128 to 4096 tokens
     python benchmarks/bench_train.py --method excitor            Excitor in the upper 6 layers against no method at all
     python benchmarks/bench_train.py --preset llama3-8b          ours alone, double-quantised, activations checkpointed
@@ -10,7 +11,8 @@ Of a method that no one else has, the rival is the same model's step without it,
 Each contestant loads in a process of its own, so that the peak of its memory is its own, and waits there for its turns,
 so that a slow moment hits all alike. All load the same random checkpoint and start at the same adapters; a step is
 loss, backward, clipping and fused AdamW. The rival runs as PEFT sets it up, under autocast as in
-transformers' Trainer, and with adapters in bfloat16; the fastest of these counts.
+transformers' Trainer, and with adapters in bfloat16; the fastest of these counts. LLaMA-Adapter races its plain step
+too: the same gradients through the same layers, and no prompts.
 """
 
 import argparse
@@ -43,6 +45,7 @@ from llamakern.runs import peak_memory_mb, reset_peak_memory
 RANK, ALPHA, LR, CLIP = 16, 32, 1e-3, 1.0
 RIVALS = ("as PEFT sets it up", "autocast", "bfloat16 adapters")
 PLAIN = "without the method"
+PROMPTS, LAYERS = 10, 6  # of LLaMA-Adapter
 CURVE = (128, 256, 512, 1024, 2047, 2048, 4096)
 WARM = 2  # steps that are not timed
 CLOSE = 5e-3  # of the loss: two ways to round in bfloat16
@@ -55,7 +58,11 @@ def low_rank() -> peft.LoRAConfig:
     return peft.LoRAConfig(rank=RANK, alpha=ALPHA)
 
 
-OURS = {"qlora": low_rank, "lora": low_rank, "excitor": peft.ExcitorConfig}
+def prompts() -> peft.AdapterConfig:
+    return peft.AdapterConfig(PROMPTS, LAYERS, gate_activation="none", gate_scope="layer")
+
+
+OURS = {"qlora": low_rank, "lora": low_rank, "adapter": prompts, "excitor": peft.ExcitorConfig}
 
 
 class Ours:
@@ -103,7 +110,7 @@ class Theirs:
     """transformers and PEFT; bitsandbytes for QLoRA."""
 
     def __init__(self, method: str, folder: Path, way: str):
-        from peft import LoraConfig, get_peft_model
+        from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         loading = {"dtype": torch.bfloat16}
@@ -112,6 +119,8 @@ class Theirs:
             loading["quantization_config"] = BitsAndBytesConfig(**nf4)
         model = AutoModelForCausalLM.from_pretrained(folder, **loading)
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        if method == "adapter":
+            config = AdaptionPromptConfig(adapter_len=PROMPTS, adapter_layers=LAYERS, task_type="CAUSAL_LM")
         self.model = get_peft_model(model, config, autocast_adapter_dtype=way != RIVALS[2]).train()
         self.autocast = way == RIVALS[1]
 
@@ -121,7 +130,7 @@ class Theirs:
 
 
 def contestant(name: str, method: str, preset: str | None, folder: Path):
-    """Ours or theirs, A of each adapter drawn from its linear's name alone."""
+    """Ours or theirs, A of each adapter and the prompts of each layer drawn from its name alone."""
     if preset:
         return Preset(preset)
     if name in ("ours", PLAIN):
@@ -129,12 +138,13 @@ def contestant(name: str, method: str, preset: str | None, folder: Path):
     else:
         made = Theirs(method, folder, name)
     for at, p in made.model.named_parameters():
-        if p.requires_grad and "lora_a" in at.lower():
-            linear = at.lower().partition("layers.")[2].partition(".lora_a")[0]
-            a = torch.empty(p.shape).uniform_(
-                -1, 1, generator=torch.Generator().manual_seed(zlib.crc32(linear.encode()))
-            )
-            p.data.copy_(a * p.shape[1] ** -0.5)
+        at = at.lower().partition("layers.")[2]
+        generator = torch.Generator().manual_seed(zlib.crc32(at.partition(".lora_a")[0].encode()))
+        if p.requires_grad and ".lora_a" in at:
+            p.data.copy_(torch.empty(p.shape).uniform_(-1, 1, generator=generator) * p.shape[1] ** -0.5)
+        elif p.requires_grad and p.numel() > 1 and "prompt" in at:
+            generator.manual_seed(int(at.partition(".")[0]))
+            p.data.copy_(torch.empty(p.shape).normal_(generator=generator))
     return made
 
 
@@ -265,8 +275,8 @@ def race(task: dict, names: list[str], steps: int, warm: int) -> dict[str, dict]
 
 
 def row(label: str, tokens: int, found: dict[str, dict], flops: float) -> dict:
-    """The table's row: ours, and the rivals from the fastest on."""
-    order = sorted(found, key=lambda name: (name != "ours", quartiles(found[name]["seconds"])[1]))
+    """The table's row: ours, the rivals from the fastest on, and the model without the method."""
+    order = sorted(found, key=lambda name: (name != "ours", name == PLAIN, quartiles(found[name]["seconds"])[1]))
     first, best = found[order[0]], found[order[1]] if len(order) > 1 else None
     same = best and order[1] != PLAIN
     error = max(abs(a / b - 1) for a, b in zip(first["losses"], best["losses"], strict=True)) if same else None
@@ -319,8 +329,8 @@ def main():
     title = Table(name, args, axis="T" if args.curve else "")
     missing = args.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None
     absent = dict.fromkeys(RIVALS, "bitsandbytes is not installed") if missing else {}
-    all_names = ("ours", *RIVALS) if args.method in ("qlora", "lora") else ("ours", PLAIN)
-    names = [name for name in args.only or all_names if name not in absent]
+    field = {"adapter": ("ours", PLAIN, *RIVALS[:2]), "excitor": ("ours", PLAIN)}.get(args.method, ("ours", *RIVALS))
+    names = [name for name in args.only or field if name not in absent]
     task = {"method": args.method, "preset": args.preset, "folder": ""}
     if args.preset:
         config = LlamaConfig.preset(args.preset)

@@ -1,7 +1,7 @@
 // Guards that the linears share.
 #pragma once
 #include "../csrc/common/linear.h"
-#include "tensor.h"
+#include "engine.h"
 
 namespace llamakern {
 

@@ -78,7 +78,8 @@ Two lora_linear(MaybeTensor base_, const Tensor& x_, const Tensor& w_, const Ten
                          .lora = adapter.get<P>(),
                          .M = x.M,
                          .N = N,
-                         .K = K});
+                         .K = K},
+        x_);
   });
   return {y, h};
 }
@@ -101,7 +102,8 @@ Two nf4_lora_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax
                             .w = w.matrix,
                             .bias = either<T>(bias),
                             .lora = adapter.get<P>(),
-                            .M = x.M});
+                            .M = x.M},
+        x_);
   });
   return {y, h};
 }
@@ -146,7 +148,7 @@ Three lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w_, 
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x);
   return backward(op, dy, x, h, adapter, N, K, want_dx,
                   [&]<typename T, typename P>(T* dx, const AdapterBackward<T, P>& p) {
-                    run(LoraLinearBackward<T, P>{.dx = dx, .w = cptr<T>(w), .adapter = p});
+                    run(LoraLinearBackward<T, P>{.dx = dx, .w = cptr<T>(w), .adapter = p}, dy);
                   });
 }
 
@@ -159,7 +161,7 @@ Three nf4_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& 
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x);
   return backward(op, dy, x, h, adapter, N, K, want_dx,
                   [&]<typename T, typename P>(T* dx, const AdapterBackward<T, P>& p) {
-                    run(Nf4LoraLinearBackward<T, P>{.dx = dx, .w = w.matrix, .adapter = p});
+                    run(Nf4LoraLinearBackward<T, P>{.dx = dx, .w = w.matrix, .adapter = p}, dy);
                   });
 }
 
@@ -187,7 +189,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
       "bool want_dx) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   LK_IMPL(m, "lora_linear", lora_linear);
   LK_IMPL(m, "nf4_lora_linear", nf4_lora_linear);
   m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));

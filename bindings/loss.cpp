@@ -1,7 +1,7 @@
 // torch.ops.llamakern.linear_cross_entropy and its backward.
 #include "../csrc/loss/loss.h"
 
-#include "tensor.h"
+#include "engine.h"
 
 namespace llamakern {
 namespace {
@@ -21,7 +21,7 @@ void check_inputs(const char* op, const Tensor& h, const Tensor& w_head, const T
   check_same_device(op, "labels", labels, "h", h);
   check(reduction >= 0 && reduction <= 2, op, ": reduction must be 0, 1 or 2, got ", reduction);
   const int64_t V = w_head.size(0), *label = cptr<int64_t>(labels);
-  for (int64_t i = 0; i < labels.numel(); ++i)
+  for (int64_t i = 0; readable(labels) && i < labels.numel(); ++i)
     check(label[i] == ignore_index || (label[i] >= 0 && label[i] < V), op, ": labels must lie in [0, ", V, ") or be ",
           ignore_index, ", got ", label[i]);
 }
@@ -45,7 +45,8 @@ void launch(const char* op, const std::optional<Tensor>& loss, const std::option
                               .w_row = w.stride,
                               .M = h.M,
                               .C = h_.size(-1),
-                              .V = w_.size(0)});
+                              .V = w_.size(0)},
+        h_);
   });
 }
 
@@ -95,7 +96,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
       " int reduction, bool want_dh, bool want_dw) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   LK_IMPL(m, "linear_cross_entropy", linear_cross_entropy);
   m.impl("linear_cross_entropy_backward", TORCH_BOX(&linear_cross_entropy_backward));
 }

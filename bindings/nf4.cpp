@@ -19,8 +19,12 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& w_, int64_t block_size) {
   const Tensor absmax =
       rows ? empty({N, K / block_size}, ScalarType::Float, w) : empty({ceil_div(n, block_size)}, ScalarType::Float, w);
   dispatch_float(op, "w", w, [&]<typename T>() {
-    run(Nf4Quantize<T>{
-        .codes = ptr<uint8_t>(codes), .absmax = ptr<float>(absmax), .w = cptr<T>(w), .n = n, .block_size = block_size});
+    run(Nf4Quantize<T>{.codes = ptr<uint8_t>(codes),
+                       .absmax = ptr<float>(absmax),
+                       .w = cptr<T>(w),
+                       .n = n,
+                       .block_size = block_size},
+        w);
   });
   return {codes, absmax};
 }
@@ -30,7 +34,7 @@ Tensor nf4_dequantize(const Tensor& weight, const Tensor& absmax, MaybeTensor ab
   const Nf4Weight from("nf4_dequantize", weight, absmax, absmax_scale, absmax_offset, N, K, block_size);
   const Tensor w = empty({N, K}, dtype, weight);
   dispatch_float("nf4_dequantize", "dtype", w,
-                 [&]<typename T>() { run(Nf4Dequantize<T>{.w = ptr<T>(w), .from = from.matrix}); });
+                 [&]<typename T>() { run(Nf4Dequantize<T>{.w = ptr<T>(w), .from = from.matrix}, weight); });
   return w;
 }
 
@@ -49,7 +53,8 @@ std::tuple<Tensor, Tensor> nf4_double_quantize(const Tensor& absmax_, const Tens
                         .scale = ptr<float>(scale),
                         .absmax = cptr<float>(absmax),
                         .offset = cptr<float>(offset),
-                        .n = n});
+                        .n = n},
+      absmax);
   return {codes, scale};
 }
 
@@ -62,8 +67,10 @@ Tensor nf4_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax, 
   const MaybeTensor bias = parameter(op, "bias", bias_, {N}, x_);
   const Tensor y = empty_rows(x_, N, x_.scalar_type());
   dispatch_float(op, "x", x_, [&]<typename T>() {
-    run(Nf4Linear<T>{
-        .y = ptr<T>(y), .x = cptr<T>(x.t), .x_row = x.stride, .w = w.matrix, .bias = either<T>(bias), .M = x.M});
+    run(
+        Nf4Linear<T>{
+            .y = ptr<T>(y), .x = cptr<T>(x.t), .x_row = x.stride, .w = w.matrix, .bias = either<T>(bias), .M = x.M},
+        x_);
   });
   return y;
 }
@@ -76,13 +83,15 @@ Tensor nf4_linear_backward(const Tensor& dy_, const Tensor& weight, const Tensor
   check_same_device(op, "weight", weight, "dy", dy_);
   const Tensor dx = empty_rows(dy_, K, dy_.scalar_type());
   dispatch_float(op, "dy", dy_, [&]<typename T>() {
-    run(Nf4LinearBackward<T>{.dx = ptr<T>(dx), .dy = cptr<T>(dy.t), .dy_row = dy.stride, .w = w.matrix, .M = dy.M});
+    run(Nf4LinearBackward<T>{.dx = ptr<T>(dx), .dy = cptr<T>(dy.t), .dy_row = dy.stride, .w = w.matrix, .M = dy.M},
+        dy_);
   });
   return dx;
 }
 
 void large_pages_(const Tensor& weight) {
   check(weight.is_contiguous(), "large_pages_", ": weight must be contiguous, got strides");
+  if (weight.is_cuda()) return;  // a GPU's memory has large pages already
   use_large_pages(weight.mutable_data_ptr(), size_t(weight.numel()) * weight.element_size());
 }
 
@@ -106,7 +115,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
   m.def("large_pages_(Tensor(a!) weight) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
   m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
   m.impl("nf4_double_quantize", TORCH_BOX(&nf4_double_quantize));

@@ -1,7 +1,7 @@
 // torch.ops.llamakern.rms_norm, add_rms_norm and their backward.
 #include "../csrc/norm/norm.h"
 
-#include "tensor.h"
+#include "engine.h"
 
 namespace llamakern {
 namespace {
@@ -53,7 +53,8 @@ Two normed(const char* op, const Tensor& x_, const std::optional<Tensor>& residu
                       .residual_row = residual ? residual->stride : 0,
                       .eps = float(eps),
                       .M = x.M,
-                      .C = x_.size(-1)});
+                      .C = x_.size(-1)},
+        x_);
   });
   return {y, s};
 }
@@ -99,7 +100,8 @@ Two rms_norm_backward(const Tensor& dy_, std::optional<Tensor> ds_, const Tensor
                               .s_row = s.stride,
                               .eps = float(eps),
                               .M = s.M,
-                              .C = s_.size(-1)});
+                              .C = s_.size(-1)},
+        s_);
   });
   return {dx, dweight};
 }
@@ -114,7 +116,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
       " -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   LK_IMPL(m, "rms_norm", rms_norm);
   LK_IMPL(m, "add_rms_norm", add_rms_norm);
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));

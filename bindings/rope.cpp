@@ -1,7 +1,7 @@
 // torch.ops.llamakern.rope: check, allocate, fill the params, run.
 #include "../csrc/rope/rope.h"
 
-#include "tensor.h"
+#include "engine.h"
 
 namespace llamakern {
 namespace {
@@ -45,7 +45,7 @@ Angles check_angles(const char* op, const Tensor& q, const Tensor& k, const Tens
       check_shape(op, "positions", *positions, {B, T});
     angles.positions = as_contiguous(*positions);
     const int64_t* row = cptr<int64_t>(angles.positions);
-    for (int64_t i = 0; i < positions->numel(); ++i)
+    for (int64_t i = 0; readable(*positions) && i < positions->numel(); ++i)
       check(row[i] >= 0 && row[i] < cos.size(0), op, ": positions must lie in [0, ", cos.size(0), "), got ", row[i]);
   } else if (cos.dim() == 2) {
     check(cos.size(0) >= T, op, ": cos must have a row for each of the ", T, " tokens, got ", cos.size(0));
@@ -73,7 +73,8 @@ Tensor turn(const char* op, const char* name, const Tensor& x_, const Angles& an
                 .B = B,
                 .T_ = T_,
                 .H = H,
-                .D = D});
+                .D = D},
+        x);
   });
   return y;
 }
@@ -101,7 +102,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
       "Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   LK_IMPL(m, "rope", rope);
   m.impl("rope_backward", TORCH_BOX(&rope_backward));
 }

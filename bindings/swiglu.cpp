@@ -1,7 +1,7 @@
 // torch.ops.llamakern.swiglu and its backward.
 #include "../csrc/swiglu/swiglu.h"
 
-#include "tensor.h"
+#include "engine.h"
 
 namespace llamakern {
 namespace {
@@ -27,7 +27,8 @@ Tensor swiglu(const Tensor& gate_, const Tensor& up_) {
                   .gate_row = gate.stride,
                   .up_row = up.stride,
                   .M = gate.M,
-                  .F = gate_.size(-1)});
+                  .F = gate_.size(-1)},
+        gate_);
   });
   return y;
 }
@@ -50,7 +51,8 @@ Two swiglu_backward(const Tensor& dy_, const Tensor& gate_, const Tensor& up_) {
                           .gate_row = gate.stride,
                           .up_row = up.stride,
                           .M = gate.M,
-                          .F = gate_.size(-1)});
+                          .F = gate_.size(-1)},
+        gate_);
   });
   return {dgate, dup};
 }
@@ -62,7 +64,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   LK_IMPL(m, "swiglu", swiglu);
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
 }

@@ -19,6 +19,9 @@
 
 #include "../csrc/common/isa.h"
 #include "../csrc/common/types.h"
+#ifdef LK_HOST_CUDA
+#include "../host_cuda/host_cuda.h"
+#endif
 
 namespace llamakern {
 
@@ -131,12 +134,26 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType d
   return Tensor(handle);
 }
 
+#ifdef LK_HOST_CUDA
+// Tells the harness which memory kernels may touch: the storage of every tensor whose pointer is taken.
+inline void remember(const Tensor& t) {
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  const auto* data = static_cast<const char*>(t.const_data_ptr());
+  host::remember(data - t.storage_offset() * t.element_size(), size_t(bytes), "a tensor");
+}
+#else
+inline void remember(const Tensor&) {}
+#endif
+
 template <typename T>
 T* ptr(const Tensor& t) {
+  remember(t);
   return static_cast<T*>(t.mutable_data_ptr());
 }
 template <typename T>
 const T* cptr(const Tensor& t) {
+  remember(t);
   return static_cast<const T*>(t.const_data_ptr());
 }
 template <typename T>

@@ -5,6 +5,7 @@ Module names follow Hugging Face, without its prefix `model.`. Sockets take othe
     linear   (x) -> y                        any projection; LoRA and NF4 plug in here
     attend   (q, k, v, x, ctx) -> y          all between the projections and o_proj, the cache included
     visual   (features) -> visual            empty: what projects an encoder's features once for all layers
+    prefix   a parameter (P, C)              empty: virtual tokens in front of every sequence (prefix.py)
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, Hkv key/value heads, D head_dim, C model width,
 V vocabulary.
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from llamakern import ops
 from llamakern.config import LlamaConfig
 from llamakern.nn import RMSNorm
+from llamakern.prefix import lay
 from llamakern.rotary import cos_sin
 
 
@@ -91,12 +93,15 @@ class CausalAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: AttendContext) -> Tensor:
         cache, layer = ctx.cache, ctx.layer
+        prompts = {"prompt_k": ctx.prompt_k, "prompt_v": ctx.prompt_v, "prompt_gate": ctx.prompt_gate}
         if cache is not None:
             cache.append(layer, k, v)
             if cache.used > q.shape[1]:  # older tokens stand in the cache
-                return ops.attention_decode(q, cache.k[layer], cache.v[layer], lengths=cache.lengths, scale=ctx.scale)
+                return ops.attention_decode(
+                    q, cache.k[layer], cache.v[layer], lengths=cache.lengths, scale=ctx.scale, **prompts
+                )
         packed = {"cu_seqlens_q": ctx.cu_seqlens, "cu_seqlens_k": ctx.cu_seqlens}
-        return ops.attention(q, k, v, mask=ctx.mask, scale=ctx.scale, **packed)
+        return ops.attention(q, k, v, mask=ctx.mask, scale=ctx.scale, **packed, **prompts)
 
 
 class Attention(nn.Module):
@@ -106,10 +111,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, heads, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_heads, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_heads, bias=False)
-        self.o_proj = nn.Linear(heads, config.dim, bias=False)
+        self.q_proj = nn.Linear(config.dim, heads, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.dim, kv_heads, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.dim, kv_heads, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads, config.dim, bias=config.attention_bias)
         self.attend = CausalAttention()
 
     def forward(self, x: Tensor, ctx: AttendContext) -> Tensor:
@@ -127,9 +132,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -170,6 +175,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_module("visual", None)
+        self.register_parameter("prefix", None)
         self.reset_parameters()
         self.tie_weights()
 
@@ -179,6 +185,8 @@ class Llama(nn.Module):
             if type(module) in (nn.Linear, nn.Embedding):
                 deep = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if deep else 0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
 
     def tie_weights(self) -> None:
         """Makes lm_head and the embedding one parameter where the configuration says so."""
@@ -209,10 +217,14 @@ class Llama(nn.Module):
         save_pretrained(self, path)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have."""
+        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have.
+
+        It has room for the virtual tokens of a prefix too.
+        """
         c, like = self.config, self.embed_tokens.weight
         cast = torch.is_autocast_enabled(like.device.type)
         dtype = torch.get_autocast_dtype(like.device.type) if cast else like.dtype
+        max_len += 0 if self.prefix is None else self.prefix.shape[0]
         heads = [kept_heads(layer.self_attn.attend, c) for layer in self.layers]
         return KVCache(heads, batch, max_len, dtype=dtype, device=like.device)
 
@@ -245,14 +257,20 @@ class Llama(nn.Module):
         """What `lm_head` sees, (B, T, C): the same arguments as `forward`."""
         check_call(tokens, cache, positions, cu_seqlens, mask, features)
         T = tokens.shape[1]
+        x, delta, laid = self.embed_tokens(tokens), None, None
+        started, P = cache is not None and cache.used > 0, 0 if self.prefix is None else self.prefix.shape[0]
         if positions is None:
             positions = default_positions(T, cache, cu_seqlens, tokens.device)
+        elif started:
+            positions = positions + P
+        if P and not started:
+            laid = lay(self.prefix, x, positions, cu_seqlens, mask)
+            x, positions, cu_seqlens, mask = laid[:4]
         cos, sin = cos_sin(self.config, positions)
         visual = None if features is None or self.visual is None else self.visual(features)
         where = {"cache": cache, "positions": positions, "cu_seqlens": cu_seqlens, "mask": mask, "cos": cos, "sin": sin}
         ctx = AttendContext(**where, features=features, visual=visual)
-        with recorded(cache), nullcontext() if cache is None else cache.growing(T):
-            x, delta = self.embed_tokens(tokens), None
+        with recorded(cache), nullcontext() if cache is None else cache.growing(x.shape[1]):
             for layer in self.layers:
                 if self.checkpoint_activations and torch.is_grad_enabled():
                     x, delta = checkpoint(layer, x, delta, ctx, use_reentrant=False)
@@ -260,7 +278,8 @@ class Llama(nn.Module):
                     x, delta = layer(x, delta, ctx)
             if cache is not None and lengths is not None:
                 cache.lengths += lengths.to(torch.int32) - T  # the padding is overwritten by the next tokens
-            return self.norm(x) if delta is None else self.norm(delta, residual=x)[0]
+            h = self.norm(x) if delta is None else self.norm(delta, residual=x)[0]
+            return h if laid is None else laid.drop(h, P)
 
     def loss(self, tokens, labels, *, positions=None, cu_seqlens=None, features=None, reduction="mean") -> Tensor:
         """Cross-entropy of the next token: labels[b, t] is the target at position t, -100 is ignored. float32.

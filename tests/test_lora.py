@@ -26,6 +26,8 @@ SHAPES = [
     (40, 101, 448, 17),
     (70, 200, 320, 64),  # several strips, panels and blocks
     (20, 30, 64, 200),  # a rank wider than a panel
+    (33, 40, 1088, 16),  # several blocks of the reduction
+    (3, 20, 2112, 8),
     (1030, 33, 64, 4),  # so many tokens that a dense base is part of the reduction in bfloat16 too
 ]
 RAGGED = [(1, 5, 33, 2), (70, 11, 99, 5)]

@@ -13,12 +13,15 @@ const char* isa_name(Isa isa) {
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx512Bf16: return "avx512bf16";
     case Isa::kNeon: return "neon";
+    case Isa::kCudaHost: return "cuda_host";
     default: return "none";
   }
 }
 
 bool isa_supported(Isa isa) {
-#if defined(__x86_64__)
+#if defined(LK_HOST_CUDA)
+  return isa == Isa::kCudaHost;
+#elif defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -52,7 +55,7 @@ static Isa find(const std::string& name, const char* who) {
 static Isa at_load() {
   const char* wanted = std::getenv("LLAMAKERN_ISA");
   if (wanted && *wanted) return find(wanted, "llamakern: LLAMAKERN_ISA");
-  for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kNeon})
+  for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kCudaHost})
     if (isa_supported(isa)) return isa;
   throw std::runtime_error("llamakern: the CPU engine needs AVX2 with FMA, or Arm NEON");
 }

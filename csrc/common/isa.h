@@ -1,6 +1,7 @@
 // One source, several instruction sets: each *_cpu.cpp is compiled once per set, into a namespace of its own, and files
 // its kernels here. The best set is chosen when the first kernel runs; the environment variable LLAMAKERN_ISA
-// (avx2, avx512, avx512bf16, neon) forces one.
+// (avx2, avx512, avx512bf16, neon) forces one. A build of the CUDA kernels for the CPU (LK_HOST_CUDA) has one set only,
+// cuda_host.
 //
 // A params struct names its kernel: `run(params)` finds the function that was filed for that struct's type.
 #pragma once
@@ -9,7 +10,7 @@
 
 namespace llamakern {
 
-enum class Isa { kAvx2, kAvx512, kAvx512Bf16, kNeon, kCount };
+enum class Isa { kAvx2, kAvx512, kAvx512Bf16, kNeon, kCudaHost, kCount };
 
 #define LK_EXPORT __attribute__((visibility("default")))  // seen outside the op library: llamakern._C asks these
 LK_EXPORT const char* isa_name(Isa isa);

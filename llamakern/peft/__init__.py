@@ -7,12 +7,18 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from llamakern.peft.adapter import AdapterConfig
+from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method, Parts, count_trainable, trainable
 from llamakern.peft.excitor import ExcitorConfig
 from llamakern.peft.files import load, save
+from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
 from llamakern.peft.merge import MergeReport, logit_change, merge, merge_report
 from llamakern.peft.methods import METHODS, find_method, register
+from llamakern.peft.official_v1 import load_official_v1, save_official_v1
+from llamakern.peft.official_v2 import load_official_v2
+from llamakern.peft.prompt import PromptConfig
 from llamakern.peft.switching import activate, active, adapters, add, remove
 
 
@@ -28,11 +34,15 @@ def apply(model: nn.Module, config: Method | Sequence[Method], *, name: str = "d
 
 __all__ = [
     "METHODS",
+    "AdapterConfig",
+    "AdapterV2Config",
     "ExcitorConfig",
+    "FullConfig",
     "LoRAConfig",
     "MergeReport",
     "Method",
     "Parts",
+    "PromptConfig",
     "activate",
     "active",
     "adapters",
@@ -40,11 +50,14 @@ __all__ = [
     "count_trainable",
     "find_method",
     "load",
+    "load_official_v1",
+    "load_official_v2",
     "logit_change",
     "merge",
     "merge_report",
     "register",
     "remove",
     "save",
+    "save_official_v1",
     "trainable",
 ]

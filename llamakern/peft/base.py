@@ -60,6 +60,10 @@ class Method:
         """Fresh parts for this model, which stays as it is. ValueError if the model has no place for them."""
         raise NotImplementedError(f"peft: {type(self).__name__} must define attach(model)")
 
+    def resolved(self, model: nn.Module) -> "Method":
+        """The same settings with those filled in that depend on the model: what files record."""
+        return self
+
     # -----------------------------------------------------------------------------------------------------------------
     # Files: see files.py. What stands here is the project's own format.
 

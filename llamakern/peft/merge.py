@@ -39,7 +39,7 @@ class MergeReport:
     mean: float
     same_token: float  # how often the likeliest token stayed, 0 to 1
     rounding: dict[str, float]  # by merged linear: ‖W' - V‖ / ‖V‖, V the merged weight before it was rounded to W'
-    effect: float  # largest change of a logit by the adapter itself
+    effect: float | None  # largest change of a logit by the adapter itself; None for full fine-tuning: the base is gone
 
     def __str__(self) -> str:
         width = max(map(len, self.rounding), default=13)
@@ -47,9 +47,10 @@ class MergeReport:
         lines += [f"{name:<{width}}  {error:.2e}" for name, error in self.rounding.items()]
         lines += [
             f"merging changed the logits of {self.tokens} tokens by at most {self.max:.3g}, {self.mean:.3g} on average",
-            f"the adapter itself had changed them by at most {self.effect:.3g}",
             f"the likeliest token stayed the same for {self.same_token:.1%}",
         ]
+        if self.effect is not None:
+            lines.insert(-1, f"the adapter itself had changed them by at most {self.effect:.3g}")
         if self.effect == 0:
             lines += ["the adapter changes nothing: there was nothing to merge"]
         return "\n".join(lines)
@@ -62,8 +63,10 @@ def merge_report(model: nn.Module, tokens: Tensor, to: str | None = None) -> Mer
     model.eval()
     try:
         before = logits(model, tokens)
-        with base_of(model):
-            effect = (before - logits(model, tokens)).abs().max().item()
+        effect = None
+        if active(model) is None or carried(model)[active(model)].keeps_base:
+            with base_of(model):
+                effect = (before - logits(model, tokens)).abs().max().item()
         form, rounding = merge_linears(model, to)
         change = logit_change(before, logits(model, tokens))
     finally:

@@ -5,11 +5,23 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from llamakern.peft.adapter import AdapterConfig
+from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method
 from llamakern.peft.excitor import ExcitorConfig
+from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
+from llamakern.peft.prompt import PromptConfig
 
-METHODS: dict[str, type[Method]] = {"lora": LoRAConfig, "qlora": LoRAConfig, "excitor": ExcitorConfig}
+METHODS: dict[str, type[Method]] = {
+    "lora": LoRAConfig,
+    "qlora": LoRAConfig,
+    "adapter": AdapterConfig,
+    "adapter_v2": AdapterV2Config,
+    "excitor": ExcitorConfig,
+    "prompt": PromptConfig,
+    "full": FullConfig,
+}
 
 
 def register(kind: type[Method]) -> type[Method]:

@@ -37,7 +37,7 @@ def to_peft(config) -> dict:
 
 
 def from_peft(settings: Mapping) -> dict:
-    """Those of a LoRAConfig from adapter_config.json. ValueError names what would change the result and is not built."""
+    """Those of a LoRAConfig from adapter_config.json. ValueError names a setting that is not built and would matter."""
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"peft: peft_type must be LORA, got {settings.get('peft_type')!r}")
     for key, value in settings.items():

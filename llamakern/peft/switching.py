@@ -83,7 +83,7 @@ def add(model: nn.Module, name: str, methods: Sequence[Method], fill=lambda adap
     if name in carried(model):
         raise ValueError(f"peft: name must be new, got {name!r}, which the model carries; remove or merge it first")
     check(model, methods)
-    methods = tuple(sorted(methods, key=lambda method: method.order))
+    methods = tuple(sorted((method.resolved(model) for method in methods), key=lambda method: method.order))
     with base_of(model):
         adapter = build(model, methods)
         fill(adapter)
