@@ -77,7 +77,7 @@ def turned(B, T, D):
 @pytest.mark.parametrize("switch", turned(1, 1, 2))
 def test_switches(switch, shape, dtype, isa):
     B, T, _C, _H, D, *_ = shape
-    check(make_inputs(*shape, dtype), **turned(B, T, D)[switch])
+    check(make_inputs(*shape, dtype), rounding(dtype), **turned(B, T, D)[switch])
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,7 @@ def test_values_of_their_own(switch, batched, shape, dtype, isa):
         lambda *t: ops.excitor_keys(*t[:6], prompts_v=t[6], **knobs),
         lambda *t: excitor_keys_reference(*t[:6], prompts_v=t[6], **knobs),
         [*inputs, values],
+        rounding(dtype),
     )
 
 
