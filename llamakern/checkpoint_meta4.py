@@ -107,7 +107,7 @@ class MetaLlama4Folder:
         self._add(f"{layer}.post_attention_layernorm.weight", f"{root}.norm.weight", None)
         name, key = f"{layer}.mlp.router.weight", f"{root}.router_DE"
         self.shapes[name] = self._shape(key, None)[::-1]
-        self.readers[name] = lambda: self._whole(key, None).mT.contiguous()
+        self.readers[name] = lambda key=key: self._whole(key, None).mT.contiguous()
         gate, up, down = (f"{root}.experts.{k}" for k in ("moe_w_in_eD_F", "moe_w_swiglu_eD_F", "moe_w_out_eF_D"))
         E, F = c.moe.n_experts, c.moe.hidden_dim
         stacks = {

@@ -8,7 +8,7 @@ namespace llamakern::LK_ISA {
 #if defined(LK_ISA_AVX2)
 constexpr int64_t kFewGroup = 8;  // tokens whose sums of a row fit the registers
 #else
-constexpr int64_t kFewGroup = 16;
+constexpr int64_t kFewGroup = 12;
 #endif
 constexpr int64_t kFewTokens = 48;      // more take panels
 constexpr int64_t kFewRows = 32;        // rows of W in a task
@@ -21,7 +21,6 @@ void with_few(int64_t count, const Fn& fn) {
   if (count <= 2) return fn.template operator()<2>();
   if (count <= 4) return fn.template operator()<4>();
 #if !defined(LK_ISA_AVX2)
-  if (count > 12) return fn.template operator()<16>();
   if (count > 8) return fn.template operator()<12>();
 #endif
   fn.template operator()<8>();
@@ -47,16 +46,13 @@ struct Few {
   }
 };
 
-// Rows of x as words, [group][piece][token][word].
+// Rows of x as words, [group][vector of words][token].
 template <typename W, typename T>
 void order_few(uint32_t* out, const Few& few, const T* x, int64_t ld, int64_t K) {
   few.groups([&]<int M>(int64_t first) {
-    for (int64_t word = 0; word < words_of<W>(K); word += few.depth)
-      for (int64_t m = first; m < first + M; ++m, out += few.depth)
-        for (int64_t i = 0; i < few.depth; i += kLanes) {
-          const int64_t k = (word + i) * W::kPer;
-          store_words(out + i, m < few.count && k < K ? W::along(x + m * ld + k, K - k) : IVec{});
-        }
+    for (int64_t k = 0; k < K; k += kLanes * W::kPer)
+      for (int64_t m = first; m < first + M; ++m, out += kLanes)
+        store_words(out, m < few.count ? W::along(x + m * ld + k, K - k) : IVec{});
   });
 }
 
@@ -64,7 +60,7 @@ void order_few(uint32_t* out, const Few& few, const T* x, int64_t ld, int64_t K)
 // fetched.
 template <typename W, int M, int NR, typename V>
 __attribute__((noinline)) static void few_rows(Vec* sums, const V* w, int64_t ld, int64_t K, const uint32_t* x,
-                                               int64_t x_row, const V* ahead) {
+                                               const V* ahead) {
   constexpr int64_t step = kLanes * W::kPer, line = 64 / sizeof(V);
   Vec acc[NR][M];
 #pragma GCC unroll 4
@@ -80,7 +76,7 @@ __attribute__((noinline)) static void few_rows(Vec* sums, const V* w, int64_t ld
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const IVec lanes = load_words(x + m * x_row + k / W::kPer);
+      const IVec lanes = load_words(x + (k / step * M + m) * kLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < NR; ++r) acc[r][m] = W::dot(acc[r][m], lanes, row[r]);
     }
@@ -98,25 +94,35 @@ inline int64_t few_tasks(int64_t N) { return ceil_div(N, kFewRows); }
 
 // The rows of one piece for one group: sums [rows][M]. `behind` is what will be read after the last of these rows.
 template <typename W, int M, typename V>
-void few_piece(Vec* sums, const V* w, int64_t rows, int64_t ld, int64_t K, const uint32_t* x, int64_t x_row,
-               const V* behind) {
+void few_piece(Vec* sums, const V* w, int64_t rows, int64_t ld, int64_t K, const uint32_t* x, const V* behind) {
 #if defined(LK_ISA_AVX2)
   constexpr int NR = M <= 2 ? 4 : M <= 4 ? 2 : 1;
 #else
-  constexpr int NR = M <= 4 ? 4 : M <= 8 ? 2 : 1;
+  constexpr int NR = M <= 4 ? 4 : 2;  // each vector of tokens that is loaded meets as many rows
 #endif
   int64_t r = 0;
   for (; r + NR <= rows; r += NR)
-    few_rows<W, M, NR>(sums + r * M, w + r * ld, ld, K, x, x_row, r + 2 * NR <= rows ? w + (r + NR) * ld : behind);
-  for (; r < rows; ++r) few_rows<W, M, 1>(sums + r * M, w + r * ld, ld, K, x, x_row, behind);
+    few_rows<W, M, NR>(sums + r * M, w + r * ld, ld, K, x, r + 2 * NR <= rows ? w + (r + NR) * ld : behind);
+  for (; r < rows; ++r) few_rows<W, M, 1>(sums + r * M, w + r * ld, ld, K, x, behind);
 }
 
-// One task of finish(n, m, Σ_k W[n][k] x[m][k] + Σ start(n, m)) for the tokens m that exist; start gives a vector.
+// The sums of the lanes of `there` vectors, each in a lane of its own.
+inline Vec lane_sums(const Vec* vectors, int64_t stride, int there) {
+  IVec block[kLanes];
+  for (int i = 0; i < kLanes; ++i) block[i] = i < there ? bits_as_int(vectors[i * stride]) : IVec{};
+  transpose(block);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) block[i] = bits_as_int(bits_as_float(block[i]) + bits_as_float(block[i + width]));
+  return bits_as_float(block[0]);
+}
+
+// One task of finish(n, m, sums, there): lane i is Σ_k W[n + i][k] x[m][k] + Σ start(n + i, m), for the tokens m that
+// exist; start gives a vector.
 template <typename W, typename V, typename Start, typename Finish>
 void few_task(const Few& few, const V* w, int64_t N, int64_t K, const uint32_t* x, const Start& start,
               const Finish& finish, int64_t task) {
   const int64_t begin = task * kFewRows, rows = min64(kFewRows, N - begin), piece = few.depth * W::kPer;
-  const int64_t pieces = ceil_div(K, piece);
+  const int64_t words = round_up(words_of<W>(K), kLanes);  // of a token
   const V* first = w + begin * K;
   Scratch<Vec> room(rows * few.places);
   Vec* sums = room;
@@ -124,16 +130,17 @@ void few_task(const Few& few, const V* w, int64_t N, int64_t K, const uint32_t* 
     for (int64_t i = 0; i < rows * M; ++i)
       sums[rows * m + i] = m + i % M < few.count ? start(begin + i / M, m + i % M) : Vec{};
   });
-  for (int64_t k = 0, i = 0; k < K; k += piece, ++i)
+  for (int64_t k = 0; k < K; k += piece)
     few.groups([&]<int M>(int64_t m) {
       // After this piece of the rows comes the next one, or the next task.
       const V* behind = k + piece < K ? first + k + piece : first + rows * K;
-      const uint32_t* lanes = x + few.depth * (m * pieces + i * M);
-      few_piece<W, M>(sums + rows * m, first + k, rows, K, min64(K - k, piece), lanes, few.depth, behind);
+      const uint32_t* lanes = x + m * words + k / W::kPer * M;
+      few_piece<W, M>(sums + rows * m, first + k, rows, K, min64(K - k, piece), lanes, behind);
     });
   few.groups([&]<int M>(int64_t m) {
-    for (int64_t i = 0; i < rows * M; ++i)
-      if (m + i % M < few.count) finish(begin + i / M, m + i % M, sum(sums[rows * m + i]));
+    for (int64_t r = 0; r < rows; r += kLanes)
+      for (int64_t i = 0; i < min64(M, few.count - m); ++i)
+        finish(begin + r, m + i, lane_sums(sums + rows * m + r * M + i, M, lanes_left(rows - r)), lanes_left(rows - r));
   });
 }
 

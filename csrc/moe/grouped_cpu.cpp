@@ -44,8 +44,7 @@ struct GroupedForward {
     if constexpr (kNf4) {
       with_tokens(count, [&]<int M>() { size = stream_size<W, M>(K); });
     } else {
-      const Few few = Few::of(count, K, W());
-      size = few.places * round_up(words_of<W>(K), few.depth);
+      size = Few::of(count, K, W()).places * round_up(words_of<W>(K), kLanes);
     }
     return size;
   }
@@ -147,7 +146,12 @@ struct GroupedForward {
           R, [&](int64_t r, auto left) { sum = fma(load(h_e + m * R + r, left), load(b + n * R + r, left), sum); });
       return sum * scale;
     };
-    const auto finish = [&](int64_t n, int64_t m, float value) { y[m * N + n] = from_float<T>(value); };
+    const auto finish = [&](int64_t n, int64_t m, auto value, auto... there) {
+      if constexpr (kNf4)
+        y[m * N + n] = from_float<T>(value);
+      else
+        store(y + m * N + n, value, there...);
+    };
     const uint32_t* from = lanes + shares[e].at;
     if constexpr (kNf4)
       with_tokens(count, [&]<int M>() { stream_task<W, M>(p.w[e], from, adapter, finish, task); });
