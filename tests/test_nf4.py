@@ -391,13 +391,3 @@ def test_bad_input_of_the_codec():
         ops.nf4_double_quantize(torch.zeros(3).bfloat16())
     with pytest.raises(TypeError, match="nf4_double_quantize: absmax must be float32, got uint8"):
         ops.nf4_double_quantize(torch.zeros(3, **BYTES))  # quantised already
-
-
-def test_large_pages_change_nothing():
-    weight = torch.randint(0, 256, (3000, 2049), dtype=torch.uint8)
-    before = weight.clone()
-    torch.ops.llamakern.large_pages_(weight)
-    assert torch.equal(weight, before)
-    torch.ops.llamakern.large_pages_(weight[:1])
-    with pytest.raises(ValueError, match="large_pages_: weight must be contiguous"):
-        torch.ops.llamakern.large_pages_(weight.T)

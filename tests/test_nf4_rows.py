@@ -70,3 +70,13 @@ def test_a_token_does_not_depend_on_its_neighbours(dtype, isa):
         want = ops.nf4_linear(x[: streamed if streamed >= M else 70], weight, absmax)
         assert_same_bits(want[:M], ops.nf4_linear(x[:M], weight, absmax))
     assert_same_bits(ops.nf4_linear(x[:8], weight, absmax)[3:4], ops.nf4_linear(x[3:8], weight, absmax)[:1])
+
+
+def test_large_pages_change_nothing():
+    weight = torch.randint(0, 256, (3000, 2049), dtype=torch.uint8)
+    before = weight.clone()
+    torch.ops.llamakern.large_pages_(weight)
+    assert torch.equal(weight, before)
+    torch.ops.llamakern.large_pages_(weight[:1])
+    with pytest.raises(ValueError, match="large_pages_: weight must be contiguous"):
+        torch.ops.llamakern.large_pages_(weight.T)
