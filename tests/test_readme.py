@@ -41,7 +41,7 @@ def names(tree: str, name: str) -> bool:
 
 
 def exists(word: str, files: dict) -> bool:
-    tests = {path.name for path in (ROOT / "tests").glob("*.py")}
+    tests = {path.name for path in (ROOT / "tests").rglob("*.py")}
     return word in files or word in tests or "<" in word or (ROOT / word).exists()
 
 
