@@ -28,6 +28,7 @@ std::string readable(const float* x) {
 std::string refusal(int threads) {
   const float x = 0.0f;
   float y = 0.0f;
+  const host::Buffer rx(&x, 4, "x"), ry(&y, 4, "y");
   try {
     peek(&y, &x, threads);
     return "";
