@@ -50,7 +50,7 @@ struct Seen {     // the first `count` releases to it
 };
 
 struct alignas(64) Fiber {  // what a switch needs comes first
-  void* top;  // of its stack, while it waits
+  void* top;                // of its stack, while it waits
   uint3 index;
   int number, warp, lane;
   const char* waits;  // for what; null while it runs
