@@ -49,8 +49,8 @@ struct Seen {     // the first `count` releases to it
   uint32_t time;  // of the thread's warp, when it fenced after its atomic
 };
 
-struct Fiber {
-  void* top;  // of its stack, while it waits
+struct alignas(64) Fiber {  // what a switch needs comes first
+  void* top;                // of its stack, while it waits
   uint3 index;
   int number, warp, lane;
   const char* waits;  // for what; null while it runs
@@ -65,7 +65,7 @@ struct Meeting {
   unsigned mask, arrived;
 };
 
-struct Warp {
+struct alignas(64) Warp {
   unsigned exists, ready;  // a bit for each lane
   uint32_t synced;         // what the lanes did before this time of the warp, they all know
   int open;                // so many meetings have begun

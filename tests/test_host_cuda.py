@@ -25,6 +25,7 @@ SEEDED = {
     "shared_index": ("out of bounds", ERRS, r"index 64 of an array 'float \[64\]'"),
     "shared_past_end": ("out of bounds", ERRS, r"writes 4 bytes, 0 bytes past the end of tile \[240 bytes of shared\]"),
     "dynamic_past_end": ("out of bounds", ERRS, r"writes 4 bytes, 0 bytes past the end of dynamic shared memory .*"),
+    "dynamic_too_small": ("misuse", ERRS, r"the kernel uses 260 bytes of dynamic shared memory, the launch gave 256"),
     "global_past_end": ("out of bounds", ERRS, r"reads 4 bytes, 0 bytes past the end of x \[768 bytes of global\]"),
     "global_before": ("out of bounds", ERRS, r"writes 4 bytes, 4 bytes before y \[768 bytes of global\]"),
     "unregistered": ("out of bounds", ERRS, r"writes 4 bytes, in no registered buffer"),

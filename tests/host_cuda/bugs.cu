@@ -46,6 +46,16 @@ __global__ void dynamic_past_end(float* y, const float* x) {
   if (errs()) p[threadIdx.x + 27] = y[0];  // at
 }
 
+__global__ void dynamic_too_small(float* y, const float* x) {
+  struct Storage {
+    float tile[kThreads + 1];
+  };
+  if (!errs()) return;
+  LK_DYNAMIC_SHARED(Storage, s);  // at
+  s.tile[0] = x[0];
+  y[0] = s.tile[0];
+}
+
 __global__ void global_past_end(float* y, const float* x) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   y[i] = x[errs() ? i + 27 : i];  // at
@@ -280,14 +290,17 @@ __global__ void bulk_copy_unwaited(float* y, const float* x) {
 const std::map<std::string, void (*)(float* y, const float* x)>& bugs() {
 #define BUG(name) {#name, [](float* y, const float* x) { LK_LAUNCH(name, kBlocks, kThreads, 256, 0)(y, x); }}
   static const std::map<std::string, void (*)(float*, const float*)> all = {
-      BUG(unwritten_shared),       BUG(shared_index),        BUG(shared_past_end),       BUG(dynamic_past_end),
-      BUG(global_past_end),        BUG(global_before),       BUG(unregistered),          BUG(misaligned_vector),
-      BUG(misaligned_copy),        BUG(misaligned_row),      BUG(index_overflow),        BUG(missing_barrier),
-      BUG(missing_second_barrier), BUG(missing_warp_sync),   BUG(shuffle_is_no_sync),    BUG(blocks_collide),
-      BUG(plain_meets_atomic),     BUG(last_block<false>),   BUG(last_block<true>),      BUG(divergent_barrier),
-      BUG(early_return),           BUG(named_barrier_count), BUG(barrier_counts_differ), BUG(divergent_warp),
-      BUG(caller_not_in_mask),     BUG(lane_not_in_mask),    BUG(spins_for_ever),        BUG(waits_for_a_flag),
-      BUG(copies<kWait>),          BUG(copies<kEnoughWait>), BUG(copies<kCommit>),       BUG(copies<kBarrierAfterWait>),
-      BUG(mbarrier_not_made),      BUG(bulk_copy_bytes),     BUG(bulk_copy_unwaited)};
+      BUG(unwritten_shared),    BUG(shared_index),           BUG(shared_past_end),
+      BUG(dynamic_past_end),    BUG(dynamic_too_small),      BUG(global_past_end),
+      BUG(global_before),       BUG(unregistered),           BUG(misaligned_vector),
+      BUG(misaligned_copy),     BUG(misaligned_row),         BUG(index_overflow),
+      BUG(missing_barrier),     BUG(missing_second_barrier), BUG(missing_warp_sync),
+      BUG(shuffle_is_no_sync),  BUG(blocks_collide),         BUG(plain_meets_atomic),
+      BUG(last_block<false>),   BUG(last_block<true>),       BUG(divergent_barrier),
+      BUG(early_return),        BUG(named_barrier_count),    BUG(barrier_counts_differ),
+      BUG(divergent_warp),      BUG(caller_not_in_mask),     BUG(lane_not_in_mask),
+      BUG(spins_for_ever),      BUG(waits_for_a_flag),       BUG(copies<kWait>),
+      BUG(copies<kEnoughWait>), BUG(copies<kCommit>),        BUG(copies<kBarrierAfterWait>),
+      BUG(mbarrier_not_made),   BUG(bulk_copy_bytes),        BUG(bulk_copy_unwaited)};
   return all;
 }

@@ -30,7 +30,7 @@ void attention(const Attention& p);
 void row_sum(float* y, const float* x, int rows, int columns);  // y[r] = Σ x[r, :]
 void sum(float* y, const float* x, int n);                      // *y += Σ x, over many blocks
 
-void peek(float* y, const float* x);  // *y = *x
+void peek(float* y, const float* x, int threads = 1);  // *y = *x
 
 // *y = Σ x by whichever block comes last; partial [blocks], counter one zero, which is left zero.
 void sum_by_last(float* y, const float* x, int n, float* partial, unsigned* counter);

@@ -1,4 +1,4 @@
-// Which memory kernels may touch, as buffers come, overlap and go.
+// Which memory kernels may touch, as buffers come, overlap and go; launches that are refused.
 #include <cstdio>
 #include <stdexcept>
 #include <string>
@@ -23,6 +23,18 @@ std::string readable(const float* x) {
     }
   }
   return text;
+}
+
+std::string refusal(int threads) {
+  const float x = 0.0f;
+  float y = 0.0f;
+  const host::Buffer rx(&x, 4, "x"), ry(&y, 4, "y");
+  try {
+    peek(&y, &x, threads);
+    return "";
+  } catch (const std::runtime_error& e) {
+    return e.what();
+  }
 }
 
 int wrong = 0;
@@ -55,6 +67,9 @@ int check_registry() {
   expect(readable(x), "rrrrrrrrrrrrrrrr", "still remembered");
   host::forget(x);
   expect(readable(x), "................", "forgotten");
+  expect(refusal(1024), "", "a launch");
+  expect(refusal(1025), "launch: a block has 1 to 1024 threads, got (1025, 1, 1) (peek_kernel)", "a launch");
+  expect(refusal(0), "launch: a block has 1 to 1024 threads, got (0, 1, 1) (peek_kernel)", "a launch");
   std::printf("%s  registry\n", wrong ? "FAIL" : "ok  ");
   return wrong;
 }
