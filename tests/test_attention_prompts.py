@@ -211,13 +211,13 @@ def test_strided_prompts():
 
 
 def test_many_groups_are_summed_in_waves():
-    """More sequences than one wave of the backward: the prompts' gradients are the sums of all."""
-    n, P = 3000, 64
+    """More groups than one wave of the backward, which ends within a sequence: the gradients are the sums of all."""
+    n, P, H = 1000, 64, 3
     starts = torch.arange(0, 2 * n + 1, 2).int()
-    inputs = make_inputs(1, 2 * n, 2 * n, 1, 1, 64, P, torch.float32)
+    inputs = make_inputs(1, 2 * n, 2 * n, H, H, 64, P, torch.float32)
     got = outputs_and_gradients(with_prompts(ops.attention, cu_seqlens_q=starts), inputs)
     q, k, v, *prompts = inputs
-    rows = [t.detach().reshape(n, 2, 1, 64).requires_grad_() for t in (q, k, v)]
+    rows = [t.detach().reshape(n, 2, H, 64).requires_grad_() for t in (q, k, v)]
     want = outputs_and_gradients(with_prompts(attention_reference), [*rows, *prompts])
     for name in ("d3", "d4", "d5"):
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-3)

@@ -147,6 +147,26 @@ def test_a_merged_model_loads_in_transformers(tmp_path):
 
 
 @EACH
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
+def test_prompts_pass_k_and_v_with_their_scales_and_biases_but_without_lora(variant, packed):
+    model = wake(peft.apply(base(packed), [AdapterV2Config(variant, 3), LoRAConfig(rank=2)]))
+    layer, seen = model.layers[-1].self_attn, {}
+    layer.attend.base.register_forward_pre_hook(lambda _, args: seen.update(ctx=args[4]))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            model(X)
+        for got, projection in ((seen["ctx"].prompt_k, layer.k_proj), (seen["ctx"].prompt_v, layer.v_proj)):
+            plain = projection if variant == "multimodal7b" else projection.base
+            w = plain.base.dequantize() if packed else plain.base.weight
+            if variant == "multimodal7b":
+                want = layer.attend.prompts @ w.T
+            else:
+                want = definition(variant, layer.attend.prompts, w, 0, projection.scale, projection.shift)
+            torch.testing.assert_close(got.flatten(1), want, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(seen["ctx"].prompt_gate, layer.attend.gate)  # through tanh
+
+
+@EACH
 def test_files_come_back_bit_for_bit(tmp_path, variant):
     model = wake(peft.apply(base(), [AdapterV2Config(variant), LoRAConfig(rank=2, targets=("o_proj",))]))
     peft.save(model, tmp_path / "a")

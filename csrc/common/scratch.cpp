@@ -14,7 +14,7 @@ constexpr size_t kHugePage = size_t(2) << 20;
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kKeep = 0;  // each piece by itself and no longer than asked for: the sanitizer sees its end
 constexpr size_t kLarge = size_t(-1);
-size_t padded(size_t bytes) { return bytes; }
+size_t padded(size_t bytes) { return bytes ? bytes : 1; }  // a piece of nothing has a place too
 #else
 constexpr size_t kKeep = size_t(64) << 20;
 constexpr size_t kLarge = kHugePage;
