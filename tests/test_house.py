@@ -101,8 +101,8 @@ PUBLIC = {
     ),
     "llamakern.nn": ("LoRALinear", "NF4Linear", "RMSNorm"),
     "llamakern.peft": (
-        "ExcitorConfig", "LoRAConfig", "Method.attach", "Parts", "activate", "active", "adapters", "apply", "count_trainable",
-        "find_method", "load", "merge", "merge_report", "register", "remove", "save",
+        "ExcitorConfig", "LoRAConfig", "Method.attach", "Parts", "activate", "active", "adapters", "apply",
+        "count_trainable", "find_method", "load", "merge", "merge_report", "register", "remove", "save",
     ),
 }  # fmt: skip
 
