@@ -5,6 +5,7 @@ from compare import (
     assert_same_bits,
     check_against_reference,
     check_thread_counts,
+    need_memory,
     outputs_and_gradients,
     uneven,
 )
@@ -285,6 +286,21 @@ def test_other_dtypes_and_wide_heads_are_refused():
     wide = [t.detach() for t in make_inputs(1, 1, 8, 1, 258, 3, 2)]
     with pytest.raises(ValueError, match="excitor_keys: k must have a head_dim of at most 256, got 258"):
         ops.excitor_keys(*wide)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """Tokens that are one token in memory, of which only the last turns: a 32-bit index would miss its place."""
+    need_memory(10)
+    T, H, D = (1 << 20) + 3, 32, 64
+    x, k, *parameters = (t.detach() for t in make_inputs(1, 1, 4, H, D, 2, 1, torch.float16))
+    cos, sin = torch.ones(T, D // 2), torch.zeros(T, D // 2)
+    cos[-1], sin[-1] = torch.randn(D // 2), torch.randn(D // 2)
+    y = ops.excitor_keys(x.expand(1, T, 4), k.expand(1, T, H, D), *parameters, extra_rope="both", cos=cos, sin=sin)
+    for at in (0, T - 2, T - 1):
+        turn_by = {"cos": cos[at : at + 1], "sin": sin[at : at + 1]}
+        want = ops.excitor_keys(x, k, *parameters, extra_rope="both", **turn_by)
+        torch.testing.assert_close(y[:, at : at + 1], want, rtol=1e-3, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 from llamakern import Llama, LlamaConfig, check_training, generate, peft
 from llamakern.model import CausalAttention
 from llamakern.nn import quantize_
-from llamakern.peft import ExcitorConfig, LoRAConfig
+from llamakern.peft import AdapterConfig, ExcitorConfig, LoRAConfig
 
 TINY = LlamaConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=53, max_seq_len=64)
 X = torch.arange(22).reshape(2, 11)
@@ -190,6 +190,25 @@ def test_the_cache_holds_the_new_keys():
     assert_same_bits(cache.k[1], plain.k[1])
     assert not torch.equal(cache.k[2], plain.k[2])
     assert_same_bits(cache.v[2], plain.v[2])
+
+
+@pytest.mark.parametrize("switch", ["default", "none", "heads_of_q", "heads_of_q_none"])
+def test_beside_llama_adapter(switch):
+    """Its prompts take the form of the keys. With a gate of zero only they are left."""
+    config = ExcitorConfig(prompt_len=6, rank=4, **SWITCHES[switch] | {"gate_init": "0.8"})
+    torch.manual_seed(3)
+    model = peft.apply(base(), [config, AdapterConfig(prompt_len=4, gate_init=0.7)])
+    both = model(X)
+    cache = model.new_cache(2, 11)
+    with torch.no_grad():
+        steps = [model(X[:, :4], cache=cache), *(model(X[:, t : t + 1], cache=cache) for t in range(4, 11))]
+    torch.testing.assert_close(torch.cat(steps, 1), both, rtol=1e-4, atol=1e-4)
+    parts = peft.trainable(model)
+    parts["layers.2.self_attn.attend.base.gate"].data.zero_()
+    alone = peft.apply(base(), AdapterConfig(prompt_len=4, gate_init=0.7))
+    alone.layers[2].self_attn.attend.prompts.data.copy_(parts["layers.2.self_attn.attend.prompts"])
+    torch.testing.assert_close(model(X), alone(X), rtol=1e-5, atol=1e-5)
+    assert (both - alone(X)).abs().max() > 1e-3
 
 
 def test_packed_sequences_are_each_alone():

@@ -10,6 +10,7 @@ The paper gives the formulas, 30 prompts, rank 16, the upper 30 of 32 layers and
 leaves open are settings here: `ExcitorConfig.open_choices`.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -129,6 +130,9 @@ class ExcitorConfig(Method):
         """What the paper does not say, as it is set here."""
         names = (*CHOICES, "gate_init", "gate_init_std", "prompt_init_std", "low_rank_scale")
         return {name: getattr(self, name) for name in names}
+
+    def resolved(self, model: nn.Module) -> "ExcitorConfig":
+        return dataclasses.replace(self, n_layers=len(upper_layers(model, self.n_layers, self.kind)))
 
     def attach(self, model: nn.Module) -> Parts:
         layers = upper_layers(model, self.n_layers, self.kind)
