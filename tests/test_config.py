@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from llamakern.config import PRESETS, LlamaConfig, RopeScaling
+from llamakern.config import PRESETS, LlamaConfig, MoEConfig, RopeScaling
 from llamakern.model import Llama
 from llamakern.rotary import cos_sin, frequencies, interleaved_to_half
 
@@ -24,6 +24,8 @@ PARAMETERS = {
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
     "llama3.3-70b": 70_553_706_496,
+    "llama4-scout": 107_769_861_120,
+    "llama4-maverick": 400_711_848_960,
 }
 
 # config.json of Llama 3.2 1B, as transformers 4 and 5 write it
@@ -56,7 +58,7 @@ def test_every_preset_is_counted():
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"config: preset must be one of llama-7b, .*llama3.3-70b, got 'llama9'"):
+    with pytest.raises(ValueError, match=r"config: preset must be one of llama-7b, .*llama4-maverick, got 'llama9'"):
         LlamaConfig.preset("llama9")
 
 
@@ -148,3 +150,39 @@ def test_angles_keep_their_precision_far_out():
 def test_interleaved_rows_become_halves():
     rows = torch.arange(12).view(12, 1)  # 2 heads of 6
     assert interleaved_to_half(rows, 2).flatten().tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+
+
+def test_llama4_layers():
+    """Which layers rotate and which have experts; a Hugging Face configuration keeps all of it."""
+    scout, maverick = (LlamaConfig.preset(f"llama4-{name}") for name in ("scout", "maverick"))
+    assert scout.nope_layers == maverick.nope_layers == tuple(range(3, 48, 4))
+    assert scout.moe.layers == tuple(range(48))
+    assert maverick.moe.layers == tuple(range(1, 48, 2))
+    assert (scout.qk_norm, maverick.qk_norm) == ("after_rope", None)
+    assert (scout.rope_scaling.factor, maverick.rope_scaling) == (16.0, None)
+    for config in (scout, maverick):
+        again = LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf())))
+        assert again == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nope_layers": (4,)}, r"nope_layers must lie in \[0, 4\), got \(4,\)"),
+        ({"attention_chunk": 0}, "attention_chunk must be a positive integer, got 0"),
+        ({"qk_norm": "both"}, "qk_norm must be None, 'after_rope' or 'before_rope', got 'both'"),
+        ({"moe": {"top_k": 17}}, "top_k of moe must be at most 16, got 17"),
+        ({"moe": {"score": "max"}}, "score of moe must be 'softmax' or 'sigmoid', got 'max'"),
+        ({"moe": {"layers": (5,)}}, r"layers of moe must lie in \[0, 4\), got \(5,\)"),
+    ],
+)
+def test_bad_llama4(changes, message):
+    with pytest.raises(ValueError, match=f"^config: {message}"):
+        LlamaConfig(n_layers=4, **(changes | ({"moe": MoEConfig(**changes["moe"])} if "moe" in changes else {})))
+
+
+def test_bad_config_of_experts():
+    with pytest.raises(ValueError, match=r"config: config.json of mixtral must hold num_local_experts, got none"):
+        LlamaConfig.from_hf(OLD | {"model_type": "mixtral"})
+    with pytest.raises(ValueError, match=r"config: sliding_window must be None, got 8"):
+        LlamaConfig.from_hf(OLD | {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": 8})

@@ -104,5 +104,6 @@ void check_attention();  // forward, backward, decoding, the cache
 void check_linears();    // nf4, lora
 void check_heads();      // loss, block
 void check_excitor();    // excitor
+void check_moe();
 
 }  // namespace smoke
