@@ -92,7 +92,7 @@ struct DenseExperts {
 struct Nf4Experts {  // [E, N, K], each quantised by itself: K is a multiple of the block size
   Nf4Matrix first;
 
-  Nf4Matrix operator[](int64_t e) const {
+  LK_HD Nf4Matrix operator[](int64_t e) const {
     const int64_t numel = first.N * first.K, blocks = numel >> first.block_shift;
     Nf4Matrix w = first;
     w.codes += e * (numel / 2);
