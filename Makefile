@@ -4,7 +4,7 @@ VENV   := .venv/bin
 READY  := .venv/.ready
 ROOMS  := $(notdir $(patsubst %/,%,$(filter-out csrc/common/,$(wildcard csrc/*/))))
 
-.PHONY: env build demo test compat lint format bench bench-models sanitize cuda-host neon profile clean
+.PHONY: env build demo test compat lint format bench bench-models sanitize cuda-host cuda-check neon profile clean
 .DEFAULT_GOAL := test
 
 env: $(READY) build
@@ -27,6 +27,7 @@ demo: env
 # Passive waiting: on a busy machine a thread that spins at a barrier keeps the one it waits for from running.
 test: env
 	OMP_WAIT_POLICY=passive $(VENV)/pytest
+	$(MAKE) --no-print-directory cuda-host
 
 # The tests of patch against each transformers named, laid over .venv: make compat COMPAT=5.6.2 for one.
 COMPAT ?= 4.57.6 5.0.0 5.6.2 5.17.0
@@ -38,15 +39,16 @@ compat: env
 	  PYTHONPATH=build/compat/$$v $(VENV)/python -m pytest -p no:cacheprovider $(wildcard tests/test_patch*.py) || exit 1; \
 	done
 
+CPP := 'csrc/*' 'bindings/*' 'host_cuda/*' 'tests/neon/*' 'tests/host_cuda/*'
 lint: $(READY)
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	$(VENV)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'bindings/*' 'tests/neon/*' | grep -E '\.(h|cpp)$$')
+	$(VENV)/clang-format --dry-run --Werror $$(git ls-files $(CPP) | grep -E '\.(h|cpp|cu|cuh)$$')
 
 format: $(READY)
 	$(VENV)/ruff check --fix -q .
 	$(VENV)/ruff format -q .
-	$(VENV)/clang-format -i $$(git ls-files 'csrc/*' 'bindings/*' 'tests/neon/*' | grep -E '\.(h|cpp)$$')
+	$(VENV)/clang-format -i $$(git ls-files $(CPP) | grep -E '\.(h|cpp|cu|cuh)$$')
 
 # All tables, curves and pictures, and one page of them: make bench RESULTS=benchmarks/results/mine keeps them.
 RESULTS ?= build/results
@@ -64,6 +66,7 @@ bench-models: env
 	$(VENV)/python benchmarks/bench_generate.py --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method qlora --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method lora --json $(RESULTS) --plot
+	$(VENV)/python benchmarks/bench_train.py --method adapter --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method qlora --curve --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_transformers.py --json $(RESULTS)/transformers.json
 	$(VENV)/python benchmarks/report.py $(RESULTS) > $(RESULTS)/README.md
@@ -80,7 +83,11 @@ sanitize: $(READY)
 CUDA_ROOMS ?= $(patsubst csrc/%/,%,$(sort $(dir $(wildcard csrc/*/*_cuda.cu))))
 cuda-host: $(READY)
 	LLAMAKERN_HOST_CUDA=ON LLAMAKERN_BUILD_NAME=cmake-cuda-host $(VENV)/python setup.py -q build --build-lib build/cuda-host
-	PYTHONPATH=build/cuda-host $(VENV)/pytest -x -p no:cacheprovider -m "not large" $(CUDA_ROOMS:%=tests/test_%.py)
+	PYTHONPATH=build/cuda-host OMP_WAIT_POLICY=passive $(VENV)/pytest -x -p no:cacheprovider -m "not large and not slow" $(CUDA_ROOMS:%=tests/test_%.py)
+
+# What every CUDA kernel takes of a GPU, by nvcc: an error where one spills without a written reason.
+cuda-check:
+	$(PYTHON) tools/cuda_check.py
 
 # The kernels for 64-bit Arm, which this machine need not be: a kernel of every room against plain loops, under qemu-user.
 NEON_CXX     ?= aarch64-linux-gnu-g++

@@ -38,15 +38,9 @@ def finetune(arguments) -> None:
         if distributed.is_main():
             print(f"the adapter is the same: {same}")
         return
-    names = settings.names(job.FinetuneConfig)
-    for flag in arguments.rest:
-        if flag.startswith("--"):
-            settings.known(flag[2:].partition("=")[0].replace("-", "_"), [*names, *FINETUNE_FLAGS])
-    file = words.pop(0) if words and "=" not in words[0] else None
-    flags = [f"{name}={getattr(arguments, name)}" for name in names if hasattr(arguments, name)]
-    config = settings.build(job.FinetuneConfig, file, words + flags)
+    config = read_settings(arguments, job.FinetuneConfig, FINETUNE_FLAGS)
     if arguments.print_settings:
-        for name in names:
+        for name in settings.names(job.FinetuneConfig):
             print(f"{name}: {getattr(config, name)}")
     elif arguments.dry_run:
         job.dry_run(config)
@@ -55,6 +49,26 @@ def finetune(arguments) -> None:
         if distributed.is_main():
             print(json.dumps(result, indent=2))
             print(f"adapter: {Path(config.out) / 'adapter'}")
+
+
+def read_settings(arguments, kind: type, others: tuple[str, ...] = ()):
+    """The settings of a verb: its YAML file, key=value words and flags."""
+    names, words = settings.names(kind), [*arguments.settings, *arguments.rest]
+    for flag in arguments.rest:
+        if flag.startswith("--"):
+            settings.known(flag[2:].partition("=")[0].replace("-", "_"), [*names, *others])
+    file = words.pop(0) if words and "=" not in words[0] else None
+    flags = [f"{name}={getattr(arguments, name)}" for name in names if hasattr(arguments, name)]
+    return settings.build(kind, file, words + flags)
+
+
+def compare(arguments) -> None:
+    from llamakern import sweep
+    from llamakern.sweep_table import markdown
+
+    config = read_settings(arguments, sweep.CompareConfig)
+    report = sweep.compare(config)
+    print(f"\n{markdown(report)}\n{config.out}: compare.md, .csv, .tex, .json, .png, references.bib")
 
 
 def generate(arguments) -> None:

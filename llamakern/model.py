@@ -31,14 +31,13 @@ from llamakern.rotary import cos_sin
 class KVCache:
     """Keys and values of every layer, preallocated.
 
-    k, v: one tensor (B, S, Hkv, D) per layer. lengths: int32 (B,), how many keys of each row are valid; while the
-    layers run, the tokens that they are given count too.
+    k, v: one tensor (B, S, Hkv, D) per layer. heads: each layer's (Hkv, D). lengths: int32 (B,), how many keys of each
+    row are valid; while the layers run, the tokens that they are given count too.
     """
 
-    def __init__(self, n_layers: int, batch: int, max_len: int, n_kv_heads: int, head_dim: int, *, dtype, device):
-        shape = (batch, max_len, n_kv_heads, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+    def __init__(self, heads: list[tuple[int, int]], batch: int, max_len: int, *, dtype, device):
+        knobs = {"dtype": dtype, "device": device}
+        self.k, self.v = ([torch.zeros(batch, max_len, *each, **knobs) for each in heads] for _ in range(2))
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.used = 0  # no row is longer: known to the host without asking the device
 
@@ -82,6 +81,7 @@ class AttendContext(NamedTuple):
     q_raw: Tensor | None = None  # (B, T, H, D), before the rotation
     k_raw: Tensor | None = None  # (B, T, Hkv, D), before the rotation
     layer: int = 0
+    scale: float | None = None  # of the scores; None: 1/sqrt(D) of q
     projections: tuple[nn.Module, nn.Module] | None = None  # the layer's k_proj and v_proj
     prompt_k: Tensor | None = None  # (P, Hkv, D) or (B, P, Hkv, D): attended to by a second, gated softmax
     prompt_v: Tensor | None = None
@@ -103,10 +103,10 @@ class CausalAttention(nn.Module):
         if cache is not None:
             cache.append(layer, k, v)
             if cache.used > q.shape[1]:  # older tokens stand in the cache
-                knobs = {"lengths": cache.lengths, "chunk": self.chunk}
+                knobs = {"lengths": cache.lengths, "chunk": self.chunk, "scale": ctx.scale}
                 return ops.attention_decode(q, cache.k[layer], cache.v[layer], **knobs, **prompts)
         packed = {"cu_seqlens_q": ctx.cu_seqlens, "cu_seqlens_k": ctx.cu_seqlens}
-        return ops.attention(q, k, v, mask=ctx.mask, chunk=self.chunk, **packed, **prompts)
+        return ops.attention(q, k, v, mask=ctx.mask, chunk=self.chunk, scale=ctx.scale, **packed, **prompts)
 
 
 class Attention(nn.Module):
@@ -263,7 +263,8 @@ class Llama(nn.Module):
         cast = torch.is_autocast_enabled(like.device.type)
         dtype = torch.get_autocast_dtype(like.device.type) if cast else like.dtype
         max_len += 0 if self.prefix is None else self.prefix.shape[0]
-        return KVCache(c.n_layers, batch, max_len, c.n_kv_heads, c.head_dim, dtype=dtype, device=like.device)
+        heads = [kept_heads(layer.self_attn.attend, c) for layer in self.layers]
+        return KVCache(heads, batch, max_len, dtype=dtype, device=like.device)
 
     def forward(
         self,
@@ -355,6 +356,15 @@ class Llama(nn.Module):
         if extra is not None:
             loss = loss + (extra if reduction == "mean" else extra * (labels != -100).sum())
         return loss.view_as(labels) if reduction == "none" else loss
+
+
+def kept_heads(attend: nn.Module | None, config: LlamaConfig) -> tuple[int, int]:
+    """Heads and head_dim of the keys that this attend module leaves in a cache: those of the outermost that says so."""
+    while attend is not None:
+        if hasattr(attend, "kept_heads"):
+            return attend.kept_heads()
+        attend = getattr(attend, "base", None)
+    return config.n_kv_heads, config.head_dim
 
 
 def recorded(cache: KVCache | None):

@@ -3,6 +3,7 @@ import functools
 import pytest
 import torch
 from compare import (
+    DEVICE,
     assert_same_bits,
     check_against_reference,
     check_float16_range,
@@ -112,6 +113,7 @@ def test_more_than_two_to_the_31_elements():
     assert_same_bits(y[[0, 1 << 18, 1 << 19, -1]], want.expand(4, 4096))
 
 
+@pytest.mark.large
 def test_strides_beyond_two_to_the_31_elements():
     """Two rows so far apart that a 32-bit index would miss. Pages never touched cost nothing."""
     near = torch.randn(3, 2, 300).half()  # dy, s, residual
@@ -196,7 +198,7 @@ def test_equal_bits_for_any_thread_count(dtype, isa):
 
 def test_keeps_its_dtype_under_autocast():
     x, residual, w = make_inputs((4, 32))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y, s = ops.rms_norm(x, w, eps=EPS, residual=residual)
     assert y.dtype == s.dtype == torch.float32
 

@@ -10,7 +10,7 @@ struct Either {
   const T* same = nullptr;
   const float* wide = nullptr;
 
-  explicit operator bool() const { return same || wide; }
+  LK_HD explicit operator bool() const { return same || wide; }
   LK_HD float operator[](int64_t i) const { return wide ? wide[i] : to_float(same[i]); }
 };
 

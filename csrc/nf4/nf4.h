@@ -66,6 +66,14 @@ struct DynamicMap {
 };
 inline constexpr DynamicMap kDynamicMap;
 
+// The nearest level of the map; of two that are equally near, the one with the even code.
+LK_HD uint8_t nearest_level(const float* level, float x) {
+  int low = 0, high = 255;
+  while (high - low > 1) (x > level[(low + high) / 2] ? low : high) = (low + high) / 2;
+  const float middle = (level[low] + level[high]) * 0.5f;
+  return uint8_t(x > middle ? high : x < middle || low % 2 == 0 ? low : high);
+}
+
 // Keeps a product from becoming part of an fma: it is rounded before anything is added.
 inline float rounded(float product) {
 #if defined(__x86_64__)
@@ -85,12 +93,12 @@ struct Nf4Matrix {              // [N, K]
   int64_t N, K;
   int block_shift;  // block_size = 2^block_shift
 
-  LK_HD float block_scale(int64_t block) const {
+  __attribute__((always_inline)) float block_scale(int64_t block) const {
     if (absmax) return absmax[block];
     const float level = kDynamicMap.value[absmax_codes[block]];
     return rounded(level * absmax_scale[block / kAbsmaxBlock]) + *absmax_offset;
   }
-  int code(int64_t i) const { return i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4; }
+  LK_HD int code(int64_t i) const { return i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4; }
 };
 
 template <typename T>

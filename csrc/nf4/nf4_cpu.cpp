@@ -53,15 +53,6 @@ static void nf4_dequantize(const Nf4Dequantize<T>& p) {
   });
 }
 
-// The nearest level of the dynamic map; of two that are equally near, the one with the even code.
-static uint8_t nearest_level(float x) {
-  const float* level = kDynamicMap.value;
-  int low = 0, high = 255;
-  while (high - low > 1) (x > level[(low + high) / 2] ? low : high) = (low + high) / 2;
-  const float middle = (level[low] + level[high]) * 0.5f;
-  return uint8_t(x > middle ? high : x < middle || low % 2 == 0 ? low : high);
-}
-
 static void nf4_double_quantize(const Nf4DoubleQuantize& p) {
   parallel_for(ceil_div(p.n, kAbsmaxBlock), [&](int64_t block) {
     const int64_t begin = block * kAbsmaxBlock, end = min64(p.n, begin + kAbsmaxBlock);
@@ -71,7 +62,7 @@ static void nf4_double_quantize(const Nf4DoubleQuantize& p) {
       if (size > top) top = size;
     }
     p.scale[block] = top;
-    for (int64_t i = begin; i < end; ++i) p.codes[i] = nearest_level((p.absmax[i] - *p.offset) * (1.0f / top));
+    for (int64_t i = begin; i < end; ++i) p.codes[i] = nearest_level(kDynamicMap.value, (p.absmax[i] - *p.offset) * (1.0f / top));
   });
 }
 

@@ -4,6 +4,7 @@ from llamakern.ops.attention import attention as attention
 from llamakern.ops.attention import attention_decode as attention_decode
 from llamakern.ops.attention import cache_append_ as cache_append_
 from llamakern.ops.block import nf4_block_decode_ as nf4_block_decode_
+from llamakern.ops.excitor import excitor_keys as excitor_keys
 from llamakern.ops.grouped import grouped_linear as grouped_linear
 from llamakern.ops.grouped import nf4_grouped_linear as nf4_grouped_linear
 from llamakern.ops.lora import lora_linear as lora_linear

@@ -10,6 +10,7 @@ from torch import nn
 from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method, Parts, count_trainable, trainable
+from llamakern.peft.excitor import ExcitorConfig
 from llamakern.peft.expert_lora import ExpertLoRAConfig
 from llamakern.peft.files import load, save
 from llamakern.peft.full import FullConfig
@@ -17,6 +18,7 @@ from llamakern.peft.lora import LoRAConfig
 from llamakern.peft.merge import MergeReport, logit_change, merge, merge_report
 from llamakern.peft.methods import METHODS, find_method, register
 from llamakern.peft.official_v1 import load_official_v1, save_official_v1
+from llamakern.peft.official_v2 import load_official_v2
 from llamakern.peft.prompt import PromptConfig
 from llamakern.peft.switching import activate, active, adapters, add, remove
 
@@ -35,6 +37,7 @@ __all__ = [
     "METHODS",
     "AdapterConfig",
     "AdapterV2Config",
+    "ExcitorConfig",
     "ExpertLoRAConfig",
     "FullConfig",
     "LoRAConfig",
@@ -50,6 +53,7 @@ __all__ = [
     "find_method",
     "load",
     "load_official_v1",
+    "load_official_v2",
     "logit_change",
     "merge",
     "merge_report",

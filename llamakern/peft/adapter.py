@@ -12,9 +12,9 @@ rounds the prompts to the base's dtype.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from llamakern.config import LlamaConfig
 from llamakern.model import AttendContext
 from llamakern.peft.base import Method, Parts, frozen, like, upper_layers
+from llamakern.peft.visual import VisualVector
 
 PEFT_TYPE = "ADAPTION_PROMPT"
 CHOICES = {"gate_activation": ("tanh", "none"), "gate_scope": ("head", "layer")}
@@ -47,6 +48,8 @@ class AdapterConfig(Method):
     gate_scope       a gate for each query head ("head") or for each layer ("layer")
     gate_init        what gates start at
     prompt_init_std  prompts start at N(0, prompt_init_std²)
+    visual_dim       Dv: the model then takes features of a frozen encoder, (B, visual_len, Dv), which an MLP with
+                     visual_hidden units turns into a vector that is added to every prompt (visual.py)
 
     PEFT's AdaptionPrompt is gate_scope="layer", gate_activation="none": then files are PEFT's. ValueError for other
     values, and where neither gates nor prompts could ever train.
@@ -62,11 +65,14 @@ class AdapterConfig(Method):
     gate_scope: str = "head"
     gate_init: float = 0.0
     prompt_init_std: float = 1.0
+    visual_dim: int | None = None
+    visual_len: int = 1
+    visual_hidden: int = 128
 
     def __post_init__(self):
-        for name in ("prompt_len", "n_layers"):
+        for name in ("prompt_len", "n_layers", "visual_dim", "visual_len", "visual_hidden"):
             value = getattr(self, name)
-            optional = name == "n_layers" and value is None
+            optional = name in ("n_layers", "visual_dim") and value is None
             check(name, value, "a positive integer", optional or (type(value) is int and value > 0))
         for name, choices in CHOICES.items():
             check(name, getattr(self, name), f"one of {list(choices)}", getattr(self, name) in choices)
@@ -85,7 +91,11 @@ class AdapterConfig(Method):
     def attach(self, model: nn.Module) -> Parts:
         layers = upper_layers(model, self.n_layers, self.kind)
         sockets = {f"layers.{i}.self_attn.attend": model.layers[i].self_attn.attend for i in layers}
-        return Parts({path: PromptAttention(base, model.config, self, like(model)) for path, base in sockets.items()})
+        made = {path: PromptAttention(base, model.config, self, like(model)) for path, base in sockets.items()}
+        if self.visual_dim:
+            sizes = (self.visual_len, self.visual_dim, self.visual_hidden, model.config.dim)
+            made["visual"] = VisualVector(*sizes, like(model))
+        return Parts(made)
 
     # -----------------------------------------------------------------------------------------------------------------
     # PEFT's files
@@ -95,7 +105,7 @@ class AdapterConfig(Method):
     @property
     def is_peft(self) -> bool:
         """Whether this is what PEFT computes."""
-        return (self.gate_activation, self.gate_scope) == ("none", "layer")
+        return (self.gate_activation, self.gate_scope, self.visual_dim) == ("none", "layer", None)
 
     def describe(self) -> dict:
         if not self.is_peft:
@@ -141,11 +151,13 @@ class AdapterConfig(Method):
 class PromptAttention(nn.Module):
     """The attend socket with prompts beside the words: base(q, k, v, x, ctx with their keys, values and gate).
 
-    prompts (P, C), gate (H,) or (1,).
+    prompts (P, C), gate (H,) or (1,). What the model's visual socket made of a call's features is added to the prompts.
     """
 
     def __init__(self, base: nn.Module, model: LlamaConfig, method: AdapterConfig, like: dict):
         super().__init__()
+        if any(isinstance(module, PromptAttention) for module in base.modules()):
+            raise ValueError(f"{method.kind}: model must carry one method with prompts in attention, got a second")
         self.base, self.method, self.n_heads, self.head_dim = base, method, model.n_heads, model.head_dim
         self.prompts = nn.Parameter(torch.empty(method.prompt_len, model.dim, **like))
         self.gate = nn.Parameter(torch.empty(model.n_heads if method.gate_scope == "head" else 1, **like))
@@ -159,28 +171,39 @@ class PromptAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: AttendContext) -> Tensor:
         gate = self.gate.tanh() if self.method.gate_activation == "tanh" else self.gate
-        prompt_k, prompt_v = self.keys_values(x.dtype, [frozen(linear) for linear in ctx.projections])
+        linears = [self.through(projection) for projection in ctx.projections]
+        prompt_k, prompt_v = self.keys_values(self.rows(ctx.visual), x.dtype, linears)
         ctx = ctx._replace(prompt_k=prompt_k, prompt_v=prompt_v, prompt_gate=gate.expand(self.n_heads))
         return self.base(q, k, v, x, ctx)
 
-    def keys_values(self, dtype: torch.dtype, linears: list[nn.Module]) -> tuple[Tensor, ...]:
-        """The prompts through the layer's frozen projections, each (P, Hkv, D).
+    def rows(self, visual: Tensor | None) -> Tensor:
+        """The prompts of a call, (P, C), or (B, P, C) with visual rows (B, 1 or P, C)."""
+        return self.prompts if visual is None else self.prompts + visual
 
-        Without a gradient those of the last call, where neither prompts nor weights have changed: decoding a token
-        would read both weights once more. The prompts' values are compared, since version counters miss what is
-        written past autograd.
+    def through(self, projection: nn.Module) -> "Through":
+        """What the prompts pass in place of the layer's own k or v projection."""
+        linear = frozen(projection)
+        return Through(linear, linear.weight, ())
+
+    def keys_values(self, rows: Tensor, dtype: torch.dtype, linears: list["Through"]) -> tuple[Tensor, ...]:
+        """The prompts' rows (P, C) or (B, P, C) through the layer's projections, each (..., P, Hkv, D).
+
+        Without a gradient those of the last call, where neither rows nor weights have changed: decoding a token would
+        read both weights once more. What trains is compared by value, since version counters miss what is written past
+        autograd.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.prompts.device.type != "cpu":
-            return self.project(dtype, linears)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or rows.device.type != "cpu":
+            return self.project(rows, dtype, linears)
         weights = [linear.weight for linear in linears]
-        now = (dtype, torch.is_autocast_enabled("cpu"), *((id(w), w.data_ptr(), version(w)) for w in weights))
-        if self._kept is None or self._kept[0] != now or not torch.equal(self._kept[1], self.prompts):
-            self._kept = now, self.prompts.clone(), weights, self.project(dtype, linears)
+        trained = [rows, *(t for linear in linears for t in linear.trained)]
+        now = (dtype, torch.is_autocast_enabled("cpu"), *((id(w), version(w)) for w in weights))
+        if self._kept is None or self._kept[0] != now or not all(map(same, self._kept[1], trained)):
+            self._kept = now, [t.clone() for t in trained], weights, self.project(rows, dtype, linears)
         return self._kept[-1]
 
-    def project(self, dtype: torch.dtype, linears: list[nn.Module]) -> tuple[Tensor, ...]:
-        prompts = self.prompts.to(dtype)
-        return tuple(linear(prompts).unflatten(-1, (-1, self.head_dim)) for linear in linears)
+    def project(self, rows: Tensor, dtype: torch.dtype, linears: list["Through"]) -> tuple[Tensor, ...]:
+        rows = rows.to(dtype)
+        return tuple(linear.call(rows).unflatten(-1, (-1, self.head_dim)) for linear in linears)
 
     def _apply(self, fn, recurse=True):
         self._kept = None
@@ -189,6 +212,18 @@ class PromptAttention(nn.Module):
     def extra_repr(self) -> str:
         m = self.method
         return f"prompts={m.prompt_len}, gate_activation={m.gate_activation}, gate_scope={m.gate_scope}"
+
+
+class Through(NamedTuple):
+    """A linear that prompts pass, its frozen weight and what trains in it."""
+
+    call: Callable[[Tensor], Tensor]
+    weight: Tensor
+    trained: tuple[Tensor, ...]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 def version(t: Tensor) -> int:

@@ -9,8 +9,10 @@ prompts are those of LLaMA-Adapter (adapter.py) with a tanh gate for each head; 
 scales and biases, without LoRA. So training starts at the base model, bit for bit.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,9 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamakern import ops
+from llamakern.config import LlamaConfig
+from llamakern.model import AttendContext
 from llamakern.nn import LoRALinear, NF4Linear, RMSNorm
 from llamakern.ops.nf4 import scaled
-from llamakern.peft.base import Method, Parts, like, upper_layers
+from llamakern.peft.adapter import AdapterConfig, PromptAttention, Through
+from llamakern.peft.base import Method, Parts, frozen, like, upper_layers
+from llamakern.peft.visual import VisualQueries
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VARIANTS = ("paper", "chat65b", "multimodal7b")
@@ -34,6 +40,10 @@ class AdapterV2Config(Method):
     prompt_len       static prompts of each of the top n_layers; None: 10, and 0 for chat65b, which has none
     n_layers         None: all but the lowest one (31 of LLaMA-7B's 32), at least one
     prompt_init_std  prompts start at N(0, prompt_init_std²)
+    visual_dim       Dv: the model then takes features of a frozen encoder, (B, Nv, Dv). visual_len learned queries read
+                     them in visual_depth blocks of visual_width and visual_heads (visual.py). In multimodal7b the
+                     result is added to every layer's prompts (late fusion), so visual_len is prompt_len; in the others
+                     it is the lowest layer's prompts, behind a gate of its own, and no static prompts (early fusion)
 
     ValueError for other values and for a model without the linears of a LLaMA.
     """
@@ -45,6 +55,11 @@ class AdapterV2Config(Method):
     prompt_len: int | None = None
     n_layers: int | None = None
     prompt_init_std: float = 1.0
+    visual_dim: int | None = None
+    visual_len: int = 20
+    visual_width: int = 768
+    visual_depth: int = 8
+    visual_heads: int = 16
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
@@ -53,6 +68,14 @@ class AdapterV2Config(Method):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"adapter_v2: {name} must be an integer from {least} on, got {value!r}")
+        for name in ("visual_dim", "visual_len", "visual_width", "visual_depth", "visual_heads"):
+            value = getattr(self, name)
+            if not ((type(value) is int and value > 0) or (name == "visual_dim" and value is None)):
+                raise ValueError(f"adapter_v2: {name} must be a positive integer, got {value!r}")
+        if self.visual_width % self.visual_heads:
+            raise ValueError(f"adapter_v2: visual_heads must divide {self.visual_width}, got {self.visual_heads}")
+        if self.visual_dim and self.late and not self.prompts:
+            raise ValueError("adapter_v2: prompt_len must be above 0 for late fusion, got 0")
         if not (type(self.prompt_init_std) in (int, float) and 0 < self.prompt_init_std < math.inf):
             raise ValueError(f"adapter_v2: prompt_init_std must be finite and above 0, got {self.prompt_init_std!r}")
 
@@ -64,16 +87,29 @@ class AdapterV2Config(Method):
         return 0 if self.variant == "chat65b" else 10
 
     @property
+    def late(self) -> bool:
+        """Whether visual rows are added to every layer's prompts, not given to the lowest layer."""
+        return self.variant == "multimodal7b"
+
+    @property
     def merges(self) -> bool:
         """Scales and biases fold into the linears; prompts do not."""
-        return self.prompts == 0
+        return self.prompts == 0 and self.visual_dim is None
 
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(n for n in LINEARS if self.variant != "multimodal7b" or n not in ("k_proj", "v_proj"))
 
+    def resolved(self, model: nn.Module) -> "AdapterV2Config":
+        """n_layers for this model."""
+        depth = len(upper_layers(model, 1 if self.n_layers is None else self.n_layers, self.kind)) and len(model.layers)
+        n_layers = max(1, depth - 1) if self.n_layers is None else self.n_layers
+        if self.visual_dim and not self.late and self.prompts and n_layers == depth:
+            raise ValueError(f"adapter_v2: n_layers must leave the lowest layer to visual prompts, got {n_layers}")
+        return dataclasses.replace(self, n_layers=n_layers)
+
     def attach(self, model: nn.Module) -> Parts:
-        upper_layers(model, 1, self.kind)
+        depth = self.resolved(model).n_layers
         places = {
             f"{path}.{name}": child
             for path, module in model.layers.named_modules(prefix="layers")
@@ -81,13 +117,64 @@ class AdapterV2Config(Method):
             if name in self.linears and not hasattr(module, "base")
         }
         modules = {path: ScaledLinear(base, self.variant, like(model)) for path, base in places.items()}
+        modules |= self.attends(model, depth)
         norms = {f"{path}.weight": m.weight for path, m in model.named_modules() if isinstance(m, RMSNorm)}
         return Parts(modules, {path: nn.Parameter(w.detach().float().clone()) for path, w in norms.items()})
+
+    def attends(self, model: nn.Module, depth: int) -> dict[str, nn.Module]:
+        """The prompts in the upper layers, and what makes and takes visual ones."""
+        c, path = model.config, "layers.{}.self_attn.attend"
+        static = AdapterConfig(prompt_len=max(1, self.prompts), prompt_init_std=self.prompt_init_std)
+        layers = range(len(model.layers) - depth, len(model.layers)) if self.prompts else ()
+        made = {
+            path.format(i): StaticPrompts(model.layers[i].self_attn.attend, c, static, like(model), self.late)
+            for i in layers
+        }
+        if self.visual_dim:
+            n = self.prompts if self.late else self.visual_len
+            sizes = (n, self.visual_dim, self.visual_width, self.visual_depth, self.visual_heads, c.dim)
+            made["visual"] = VisualQueries(*sizes, like(model))
+            if not self.late:
+                made[path.format(0)] = VisualPrompts(model.layers[0].self_attn.attend, c, static, like(model))
+        return made
 
     def head_channels(self, name: str) -> int | None:
         owner, _, part = name.rpartition(".")
         turned = owner.endswith(("q_proj", "k_proj")) and (part == "shift" or self.variant == "paper")
         return 0 if turned else None
+
+
+class StaticPrompts(PromptAttention):
+    """PromptAttention whose prompts pass the layer's k and v with their scales and biases; visual rows if `late`."""
+
+    def __init__(self, base: nn.Module, model: LlamaConfig, method: AdapterConfig, like: dict, late: bool):
+        super().__init__(base, model, method, like)
+        self.late = late
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: AttendContext) -> Tensor:
+        visual = ctx.visual if self.late else None
+        return super().forward(q, k, v, x, ctx._replace(visual=visual))
+
+    def through(self, projection: nn.Module) -> Through:
+        if not isinstance(projection, ScaledLinear):
+            return super().through(projection)
+        linear = frozen(projection)
+        trained = tuple(t for t in (projection.scale, projection.shift) if t is not None)
+        return Through(partial(projection.around, linear), linear.weight, trained)
+
+
+class VisualPrompts(StaticPrompts):
+    """The attend socket whose prompts are the visual rows alone; without features it is what it stands around."""
+
+    def __init__(self, base: nn.Module, model: LlamaConfig, method: AdapterConfig, like: dict):
+        super().__init__(base, model, method, like, late=True)
+        self.prompts = None
+
+    def rows(self, visual: Tensor) -> Tensor:
+        return visual
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: AttendContext) -> Tensor:
+        return self.base(q, k, v, x, ctx) if ctx.visual is None else super().forward(q, k, v, x, ctx)
 
 
 class ScaledLinear(nn.Module):

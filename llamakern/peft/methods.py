@@ -8,6 +8,7 @@ from pathlib import Path
 from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method
+from llamakern.peft.excitor import ExcitorConfig
 from llamakern.peft.expert_lora import ExpertLoRAConfig
 from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "experts": ExpertLoRAConfig,
     "adapter": AdapterConfig,
     "adapter_v2": AdapterV2Config,
+    "excitor": ExcitorConfig,
     "prompt": PromptConfig,
     "full": FullConfig,
 }

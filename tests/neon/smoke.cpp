@@ -9,6 +9,7 @@ int main() {
   smoke::check_linears();
   smoke::check_heads();
   smoke::check_moe();
+  smoke::check_excitor();
   if (smoke::failures) std::printf("smoke: %d checks FAILED\n", smoke::failures);
   return smoke::failures ? 1 : 0;
 }
