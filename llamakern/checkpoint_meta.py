@@ -27,7 +27,7 @@ from llamakern.rotary import interleaved_to_half
 
 FILE = re.compile(r"consolidated\.(\d\d)\.pth")
 FREQUENCIES = re.compile(r"(.*\.)?rope\.freqs")  # the rotary frequencies, which the configuration gives
-OTHER_MODELS = ("moe_args", "vision_chunk_size", "quantization_args", "lora_args")  # of params.json
+OTHER_MODELS = ("vision_chunk_size", "quantization_args", "lora_args")  # of params.json
 
 OUTER = {"tok_embeddings": ("embed_tokens", None), "norm": ("norm", None), "output": ("lm_head", 0)}
 INNER = {

@@ -148,7 +148,7 @@ PARAMS = [
     ({"vocab_size": 41}, r"embed_tokens.weight must have shape \[41, 64\], got \[40, 64\]"),
     ({"multiple_of": 32}, "feed_forward.w1 must have 192 rows by dim, multiple_of and ffn_dim_multiplier, got 48"),
     ({"multiple_of": "x"}, "params.json must describe a LLaMA, got"),
-    ({"moe_args": {"num_experts": 16}}, "must describe a dense LLaMA of text, got moe_args"),
+    ({"moe_args": {"num_experts": 16}}, "must hold a whole LLaMA 4, got no layers.0"),
     ({"use_scaled_rope": "false"}, "use_scaled_rope of .*params.json must be true or false, got 'false'"),
     ({"use_scaled_rope": True, "rope_scaling_factor": -1}, "config: factor must be a positive number, got -1"),
     (
