@@ -221,3 +221,24 @@ assert len(reports) == 20
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_example_stands_alone_and_shows_its_bug(proof):
+    """By its own Makefile; the harness's objects are those of the other tests."""
+
+    def run(bug):
+        command = ["make", "-s", "-C", ROOT / "host_cuda/example", "run", f"BUG={bug}", f"BUILD={PROOF.parent}"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    right, wrong = run(0), run(1)
+    assert right.returncode == 0, right.stdout + right.stderr
+    assert right.stdout.startswith("row 0: ")
+    source = (ROOT / "host_cuda/example/example.cu").read_text().splitlines()
+    line = 1 + next(i for i, text in enumerate(source) if "= partial[0]" in text)
+    assert wrong.returncode != 0
+    assert wrong.stdout == (
+        "unwritten in row_sum\n"
+        "  block   (0, 0, 0)  thread (0, 0, 0)\n"
+        "  what    reads partial + 4, which no thread of this block has written so far\n"
+        f"  at      row_sum example.cu:{line}\n"
+    )
