@@ -271,6 +271,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
 
   float o1[1][kFirst ? kD / 8 : 1][4] = {}, o2[1][kSecond ? kD / 8 : 1][4] = {};
   Growth growth;
+  const bool lone = task.gate && in.S == 1;  // the softmax of one prompt is 1 whatever its score: ds is 0
   const float lift = task.gate ? 1.0f : float(1 << Shape::kLift);
   if (low < high) {
     load_rows(shared.x1[0], in.q, in.k, operands.q_sixteens, operands.k_sixteens);
@@ -306,7 +307,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float minus_delta = lens.query(i / 2, 8 * n + lane_id() % 4 * 2 + i % 2).minus_delta;
-          ds[0][n][i] = s[0][n][i] == 0.0f ? 0.0f : s[0][n][i] * (ds[0][n][i] + minus_delta);
+          ds[0][n][i] = lone || s[0][n][i] == 0.0f ? 0.0f : s[0][n][i] * (ds[0][n][i] + minus_delta);
         }
       }
       if constexpr (std::is_same_v<T, float16>) growth.template apply<kN, kD>(ds[0], o1[0]);
