@@ -206,7 +206,7 @@ LK_DEVICE void store_sums(float* sums, const float (&x)[kD / 8][4], const float 
 }
 
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     attention_backward_kernel(const BackwardTask<typename Shape::T> task) {
   using T = typename Shape::T;
   constexpr int kD = Shape::kD, kN = Shape::kN, kRows = Shape::kRows, kThreads = Shape::kThreads;

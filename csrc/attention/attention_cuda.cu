@@ -210,7 +210,7 @@ LK_DEVICE void merge_warps(const ForwardTask<typename Shape::T>& task, const Til
 }
 
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads) attention_kernel(const ForwardTask<typename Shape::T> task) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) attention_kernel(const ForwardTask<typename Shape::T> task) {
   using T = typename Shape::T;
   constexpr int kD = Shape::kD, kM = Shape::kM, kKeys = Shape::kKeys, kN = Shape::kWarpKeys;
   LK_DYNAMIC_SHARED(typename Shape::Storage, shared);
