@@ -1,10 +1,14 @@
 // Attention forward on the GPU: a block takes a tile of query rows through all the keys that they may see, a tile at a
 // time, with the running maximum and sum of each row (FlashAttention-2, arXiv 2307.08691); scores in powers of two.
 //
+// y is divided by the sum of the weights as they were multiplied, rounded to T: so a weight that outshines the others
+// leaves its value as it is. lse is of the sum before rounding.
+//
 // With few rows its warps share them and part the keys of a tile, and blocks part the keys of the sequence; what they
 // leave is joined in its order. The parts follow from the sequence's length alone, so that a row of a batch has the
 // bits that it has by itself.
 #include "attention_prompts.cuh"
+#include "attention_softmax.cuh"
 
 namespace llamakern::cuda {
 
@@ -21,7 +25,7 @@ struct ForwardShape {
   };
   struct Merge {
     float o[kKeyWarps][16][kD];
-    float2 ml[kKeyWarps][16];  // maximum and sum
+    float4 sums[kKeyWarps][16];  // as Parts
   };
   struct Storage {
     alignas(16) T q[kRows][kRow<T, kD>];
@@ -41,8 +45,8 @@ LK_HD int64_t range_keys(int64_t S) { return max64(kLeastRange, round_up(ceil_di
 
 // What ranges of keys leave, in powers of two.
 struct Parts {
-  float2* ml;  // [ranges, rows]  maximum, and sum of 2^(s - m)
-  float* o;    // [ranges, rows, D]
+  float4* sums;  // [ranges, rows]  maximum, sum of 2^(s - m), and that of the rounded ones
+  float* o;      // [ranges, rows, D]
   int64_t rows;
 };
 
@@ -69,84 +73,6 @@ LK_DEVICE int2 find_keys(typename Shape::T* q, const Operands<typename Shape::T>
   return reach_of_block<Shape::kThreads / 32, Shape::kD>(q, begin, end);
 }
 
-// The softmax of rows 16m + g + 8h of a warp: the maximum so far, and the sum of this lane's columns.
-template <int kM>
-struct Softmax {
-  float m[kM][2], l[kM][2];
-};
-
-// Scores of the warp's columns from key j0 on, in powers of two, -inf where hidden. Whether any is not.
-template <typename T, int kD, int kM, int kN>
-LK_DEVICE bool see(float (&s)[kM][kN / 8][4], const Operands<T>& o, const Tile& tile, T* q, int row0, int j0,
-                   float scale) {
-  const bool masked = o.in.mask.kind != Mask::kNone;
-  const int g = lane_id() / 4, t = lane_id() % 4;
-  bool seen = false;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int r = 16 * m + g + 8 * h;
-      const int64_t mask = masked ? mask_index(o, tile, row0 + r) : 0;
-      const SeenKeys& keys = behind_row<SeenKeys, kD>(q, r);
-      const int begin = keys.begin;
-      const unsigned count = unsigned(keys.end - begin);
-      const int first = j0 + 2 * t - begin;
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int j = first + 8 * n + e;  // from the first key that the row may see
-          float& score = s[m][n][2 * h + e];
-          float bias = 0.0f;
-          bool visible = unsigned(j) < count;
-          if (masked && visible) {
-            bias = mask_bias(o.in.mask, mask + (j + int64_t(begin)) * o.in.mask.key);
-            visible = bias != -INFINITY;
-          }
-          score = visible ? fmaf(score, scale, bias) : -INFINITY;
-          seen |= visible;
-        }
-      }
-    }
-  }
-  return seen;
-}
-
-// Scores become weights 2^(s - m) against the maximum up to now; sums and outputs follow it.
-template <int kM, int kN, int kD>
-LK_DEVICE void weigh(float (&s)[kM][kN / 8][4], float (&o)[kM][kD / 8][4], Softmax<kM>& softmax) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
-      const float raised = fmaxf(softmax.m[m][h], quad_max(top));
-      const float base = raised == -INFINITY ? 0.0f : raised;  // (-inf) - (-inf) is NaN
-      const float rescale = exp2_approx(softmax.m[m][h] - base);
-      softmax.m[m][h] = raised;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& weight = s[m][n][2 * h + e];
-          weight = exp2_approx(weight - base);
-          sum += weight;
-        }
-      }
-      softmax.l[m][h] = softmax.l[m][h] * rescale + sum;
-#pragma unroll
-      for (int d = 0; d < kD / 8; ++d) {
-        o[m][d][2 * h] *= rescale;
-        o[m][d][2 * h + 1] *= rescale;
-      }
-    }
-  }
-}
-
 // Warps that part the keys join what they have, in their order; then it is the block's part, or y itself.
 template <typename Shape>
 LK_DEVICE void merge_warps(const ForwardTask<typename Shape::T>& task, const Tile& tile, int64_t range,
@@ -158,8 +84,8 @@ LK_DEVICE void merge_warps(const ForwardTask<typename Shape::T>& task, const Til
   __syncthreads();  // k and v lie where this is written
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float l = quad_sum(softmax.l[0][h]);
-    if (t == 0) merge.ml[warp_id()][g + 8 * h] = float2{softmax.m[0][h], l};
+    const float l = quad_sum(softmax.l[0][h]), rounded = quad_sum(softmax.rounded[0][h]);
+    if (t == 0) merge.sums[warp_id()][g + 8 * h] = float4{softmax.m[0][h], l, rounded, 0.0f};
 #pragma unroll
     for (int d = 0; d < Shape::kD / 8; ++d)
       *reinterpret_cast<float2*>(&merge.o[warp_id()][g + 8 * h][8 * d + 2 * t]) =
@@ -168,18 +94,19 @@ LK_DEVICE void merge_warps(const ForwardTask<typename Shape::T>& task, const Til
   __syncthreads();
   for (int r = warp_id(); r < 16 && tile.first + r < tile.rows; r += Shape::kThreads / 32) {
     const int row = tile.first + r;
-    float weight[Shape::kKeyWarps], top = -INFINITY, l = 0.0f;
+    float weight[Shape::kKeyWarps], top = -INFINITY, l = 0.0f, rounded = 0.0f;
 #pragma unroll
-    for (int w = 0; w < Shape::kKeyWarps; ++w) top = fmaxf(top, merge.ml[w][r].x);
+    for (int w = 0; w < Shape::kKeyWarps; ++w) top = fmaxf(top, merge.sums[w][r].x);
     const float base = top == -INFINITY ? 0.0f : top;
 #pragma unroll
     for (int w = 0; w < Shape::kKeyWarps; ++w) {
-      weight[w] = exp2_approx(merge.ml[w][r].x - base);
-      l += merge.ml[w][r].y * weight[w];
+      weight[w] = exp2_approx(merge.sums[w][r].x - base);
+      l += merge.sums[w][r].y * weight[w];
+      rounded += merge.sums[w][r].z * weight[w];
     }
-    const bool part = task.parts.ml;
+    const bool part = task.parts.sums;
     const int64_t index = range * task.parts.rows + row_index(task.operands, tile, row);
-    const float inverse = part ? 1.0f : l == 0.0f ? 0.0f : 1.0f / l;
+    const float inverse = part ? 1.0f : l == 0.0f ? 0.0f : 1.0f / rounded;
     T* y = query_row(task.p.y, task.operands, tile, row);
     const T* added = task.added.rows.data ? task.added.row(task.operands, tile, row) : nullptr;
     const float by = added ? task.added.by(task.operands, tile, row) : 0.0f;
@@ -197,7 +124,7 @@ LK_DEVICE void merge_warps(const ForwardTask<typename Shape::T>& task, const Til
     }
     if (lane_id() > 0) continue;
     if (part) {
-      task.parts.ml[index] = float2{top, l};
+      task.parts.sums[index] = float4{top, l, rounded, 0.0f};
     } else {
       task.p.lse[lse_index(task.operands, tile, row)] = kLn2 * (top + log2f(l));
     }
@@ -205,7 +132,7 @@ LK_DEVICE void merge_warps(const ForwardTask<typename Shape::T>& task, const Til
 }
 
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads) attention_kernel(const ForwardTask<typename Shape::T> task) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) attention_kernel(const ForwardTask<typename Shape::T> task) {
   using T = typename Shape::T;
   constexpr int kD = Shape::kD, kM = Shape::kM, kKeys = Shape::kKeys, kN = Shape::kWarpKeys;
   LK_DYNAMIC_SHARED(typename Shape::Storage, shared);
@@ -233,7 +160,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_kernel(const Forwar
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) softmax.m[m][h] = -INFINITY, softmax.l[m][h] = 0.0f;
+    for (int h = 0; h < 2; ++h) softmax.m[m][h] = -INFINITY, softmax.l[m][h] = softmax.rounded[m][h] = 0.0f;
   }
   if (low < high) {
     load_tile<T, kD, Shape::kRows, Shape::kThreads>(shared.q[0], in.q, operands.q_sixteens, D, [&](int r) {
@@ -253,7 +180,10 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_kernel(const Forwar
     if (any) weigh<kM, kN, kD>(s, o, softmax);
     Left<T, kN> weights[kM];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) weights[m].set(s[m]);
+    for (int m = 0; m < kM; ++m) {
+      weights[m].set(s[m]);
+      if (any) weights[m].add_to(softmax.rounded[m]);
+    }
     cp_async_wait<0>();
     __syncthreads();  // v is here, and nobody reads k any more
     if (j + kKeys < high) load_keys(shared.tiles.k[0], in.k, operands.k_sixteens, j + kKeys);
@@ -270,7 +200,8 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_kernel(const Forwar
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float l = quad_sum(softmax.l[m][h]);
-        inverse[h] = l == 0.0f ? 0.0f : 1.0f / l;
+        const float rounded = quad_sum(softmax.rounded[m][h]);
+        inverse[h] = l == 0.0f ? 0.0f : 1.0f / rounded;
         const int row = tile.first + warp_row + 16 * m + lane_id() / 4 + 8 * h;
         if (lane_id() % 4 == 0 && row < tile.rows)
           task.p.lse[lse_index(operands, tile, row)] = kLn2 * (softmax.m[m][h] + log2f(l));
@@ -300,21 +231,22 @@ __global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(const Forw
   if (index >= rows) return;
   const int64_t per_head = in.T_ * in.G(), head = index / per_head, row = index % per_head;
   const int64_t b = head / in.Hkv, h = head % in.Hkv * in.G() + row % in.G(), t = row / in.G();
-  float top = -INFINITY, l = 0.0f;
-  for (int r = 0; r < ranges; ++r) top = fmaxf(top, task.parts.ml[r * rows + index].x);
+  float top = -INFINITY, l = 0.0f, rounded = 0.0f;
+  for (int r = 0; r < ranges; ++r) top = fmaxf(top, task.parts.sums[r * rows + index].x);
   const float base = top == -INFINITY ? 0.0f : top;
   for (int r = 0; r < ranges; ++r) {
-    const float2 ml = task.parts.ml[r * rows + index];
-    l += ml.y * exp2_approx(ml.x - base);
+    const float4 sums = task.parts.sums[r * rows + index];
+    l += sums.y * exp2_approx(sums.x - base);
+    rounded += sums.z * exp2_approx(sums.x - base);
   }
-  const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+  const float inverse = l == 0.0f ? 0.0f : 1.0f / rounded;
   const Added<T>& added = task.added;
   const float by = added.rows.data ? added.gate[h] : 0.0f;
   for (int64_t d = lane_id(); d < in.D; d += 32) {
     float sum = 0.0f;
     for (int r = 0; r < ranges; ++r) {
-      const float2 ml = task.parts.ml[r * rows + index];
-      if (ml.y != 0.0f) sum += exp2_approx(ml.x - base) * task.parts.o[(r * rows + index) * in.D + d];
+      const float4 sums = task.parts.sums[r * rows + index];
+      if (sums.y != 0.0f) sum += exp2_approx(sums.x - base) * task.parts.o[(r * rows + index) * in.D + d];
     }
     sum *= inverse;
     if (by != 0.0f) sum += by * widen(added.rows.at(b, t, h)[d]);
@@ -340,7 +272,7 @@ int64_t most_ranges(const Attended<T>& in) {
 template <typename T>
 int64_t part_bytes(const Attended<T>& in) {
   const int64_t ranges = most_ranges(in);
-  return ranges == 1 ? 0 : ranges * all_rows(in) * (int64_t(sizeof(float2)) + in.D * int64_t(sizeof(float)));
+  return ranges == 1 ? 0 : ranges * all_rows(in) * (int64_t(sizeof(float4)) + in.D * int64_t(sizeof(float)));
 }
 
 template <typename T>
@@ -368,8 +300,8 @@ void over_keys(const AttentionForward<T>& p, const Added<T>& added, void* worksp
   const int64_t ranges = most_ranges(in), rows = all_rows(in);
   Parts parts{};
   if (ranges > 1) {
-    float2* ml = static_cast<float2*>(workspace);
-    parts = {ml, reinterpret_cast<float*>(ml + ranges * rows), rows};
+    float4* sums = static_cast<float4*>(workspace);
+    parts = {sums, reinterpret_cast<float*>(sums + ranges * rows), rows};
   }
   const ForwardTask<T> task{p, Operands<T>(in), in_sixteens(p.y), parts, added};
   constexpr bool kWide = sizeof(T) == 4;

@@ -229,6 +229,15 @@ struct Left {
       }
     }
   }
+  // Of rows g and g + 8, the lane's columns, as they were rounded.
+  LK_DEVICE void add_to(float (&sums)[2]) const {
+#pragma unroll
+    for (int j = 0; j < kN / 16; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sums[i % 2] += widen(T{uint16_t(pairs[j][i])}) + widen(T{uint16_t(pairs[j][i] >> 16)});
+    }
+  }
 };
 template <int kN>
 struct Left<float, kN> {
@@ -239,6 +248,13 @@ struct Left<float, kN> {
     for (int j = 0; j < kN / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[j][i] = from[j][i];
+    }
+  }
+  LK_DEVICE void add_to(float (&sums)[2]) const {
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[i / 2] += x[j][i];
     }
   }
 };
