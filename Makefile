@@ -4,7 +4,7 @@ VENV   := .venv/bin
 READY  := .venv/.ready
 ROOMS  := $(notdir $(patsubst %/,%,$(filter-out csrc/common/,$(wildcard csrc/*/))))
 
-.PHONY: env build demo test compat lint format bench bench-models sanitize cuda-host neon profile clean
+.PHONY: env build demo test compat lint format bench bench-models sanitize cuda-host cuda-check neon profile clean
 .DEFAULT_GOAL := test
 
 env: $(READY) build
@@ -27,6 +27,7 @@ demo: env
 # Passive waiting: on a busy machine a thread that spins at a barrier keeps the one it waits for from running.
 test: env
 	OMP_WAIT_POLICY=passive $(VENV)/pytest
+	$(MAKE) --no-print-directory cuda-host
 
 # The tests of patch against each transformers named, laid over .venv: make compat COMPAT=5.6.2 for one.
 COMPAT ?= 4.57.6 5.0.0 5.6.2 5.17.0
@@ -78,9 +79,14 @@ sanitize: $(READY)
 
 # The CUDA kernels on the CPU, under the checks of host_cuda/: the room tests on a build that has no other kernels.
 CUDA_ROOMS ?= $(patsubst csrc/%/,%,$(sort $(dir $(wildcard csrc/*/*_cuda.cu))))
+CUDA_TESTS = $(CUDA_ROOMS:%=tests/test_%.py) $(wildcard $(CUDA_ROOMS:%=tests/test_%_limits.py) $(CUDA_ROOMS:%=tests/test_%_rows.py))
 cuda-host: $(READY)
 	LLAMAKERN_HOST_CUDA=ON LLAMAKERN_BUILD_NAME=cmake-cuda-host $(VENV)/python setup.py -q build --build-lib build/cuda-host
-	PYTHONPATH=build/cuda-host $(VENV)/pytest -x -p no:cacheprovider -m "not large" $(CUDA_ROOMS:%=tests/test_%.py)
+	PYTHONPATH=build/cuda-host OMP_WAIT_POLICY=passive $(VENV)/pytest -x -p no:cacheprovider -m "not large and not slow" $(CUDA_TESTS)
+
+# What every CUDA kernel takes of a GPU, by nvcc: an error where one spills without a written reason.
+cuda-check:
+	$(PYTHON) tools/cuda_check.py
 
 # The kernels for 64-bit Arm, which this machine need not be: a kernel of every room against plain loops, under qemu-user.
 NEON_CXX     ?= aarch64-linux-gnu-g++

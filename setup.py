@@ -11,6 +11,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from toolkit import find_nvcc, has_driver  # noqa: E402
 
 
 def find_torch() -> Path:
@@ -30,6 +33,24 @@ def find_torch() -> Path:
     )
 
 
+def cuda_options() -> list[str]:
+    """The CUDA engine is built where driver and nvcc are; LLAMAKERN_CUDA=1 insists on it, LLAMAKERN_CUDA=0 forbids."""
+    wanted = os.environ.get("LLAMAKERN_CUDA", "").upper()
+    if wanted not in ("", "0", "1", "OFF", "ON"):
+        raise SystemExit(f"llamakern: LLAMAKERN_CUDA must be 0 or 1, got {wanted}")
+    nvcc = find_nvcc()
+    if wanted in ("1", "ON") and nvcc is None:
+        raise SystemExit(
+            "llamakern: LLAMAKERN_CUDA=1 needs nvcc: none in CUDA_HOME, CUDA_PATH, /usr/local/cuda or on PATH"
+        )
+    if wanted in ("0", "OFF") or nvcc is None or not (wanted or has_driver()):
+        return ["-DLLAMAKERN_CUDA=OFF"]
+    options = ["-DLLAMAKERN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    if archs := os.environ.get("LLAMAKERN_CUDA_ARCHS"):
+        options.append(f"-DLLAMAKERN_CUDA_ARCHS={archs}")
+    return options
+
+
 class CMakeBuild(build_ext):
     def get_ext_filename(self, name):
         """Both libraries of the package: the op library has a plain name, `_C` the interpreter's suffix."""
@@ -38,12 +59,16 @@ class CMakeBuild(build_ext):
     def run(self):
         import pybind11
 
-        build = ROOT / "build" / os.environ.get("LLAMAKERN_BUILD_NAME", f"cmake-{sys.implementation.cache_tag}")
+        on_host = os.environ.get("LLAMAKERN_HOST_CUDA", "OFF")
+        cuda = [] if on_host == "ON" else cuda_options()
+        kind = "-cuda" if "-DLLAMAKERN_CUDA=ON" in cuda else ""
+        name = os.environ.get("LLAMAKERN_BUILD_NAME", f"cmake-{sys.implementation.cache_tag}{kind}")
+        build = ROOT / "build" / name
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DLLAMAKERN_TORCH_DIR={find_torch()}",
              f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
              f"-DLLAMAKERN_SANITIZE={os.environ.get('LLAMAKERN_SANITIZE', '')}",
-             f"-DLLAMAKERN_HOST_CUDA={os.environ.get('LLAMAKERN_HOST_CUDA', 'OFF')}"],
+             f"-DLLAMAKERN_HOST_CUDA={on_host}", *cuda],
             check=True,
         )  # fmt: skip
         subprocess.run(["cmake", "--build", build], check=True)

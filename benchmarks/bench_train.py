@@ -1,13 +1,18 @@
 """A training step as a whole: our Llama against transformers + PEFT, over bitsandbytes for QLoRA.
 
+Of a method that no one else has, the rival is the same model's step without it, through the same layers.
+
     python benchmarks/bench_train.py --method qlora              the 158M model, LoRA of rank 16 on all linears
+    python benchmarks/bench_train.py --method adapter            LLaMA-Adapter in its top 6 layers, as PEFT computes it
     python benchmarks/bench_train.py --method qlora --curve      the same with one sequence of 128 to 4096 tokens
+    python benchmarks/bench_train.py --method excitor            Excitor in the upper 6 layers against no method at all
     python benchmarks/bench_train.py --preset llama3-8b          ours alone, double-quantised, activations checkpointed
 
 Each contestant loads in a process of its own, so that the peak of its memory is its own, and waits there for its turns,
 so that a slow moment hits all alike. All load the same random checkpoint and start at the same adapters; a step is
 loss, backward, clipping and fused AdamW. The rival runs as PEFT sets it up, under autocast as in
-transformers' Trainer, and with adapters in bfloat16; the fastest of these counts.
+transformers' Trainer, and with adapters in bfloat16; the fastest of these counts. LLaMA-Adapter races its plain step
+too: the same gradients through the same layers, and no prompts.
 """
 
 import argparse
@@ -39,6 +44,8 @@ from llamakern.runs import peak_memory_mb, reset_peak_memory
 
 RANK, ALPHA, LR, CLIP = 16, 32, 1e-3, 1.0
 RIVALS = ("as PEFT sets it up", "autocast", "bfloat16 adapters")
+PLAIN = "without the method"
+PROMPTS, LAYERS = 10, 6  # of LLaMA-Adapter
 CURVE = (128, 256, 512, 1024, 2047, 2048, 4096)
 WARM = 2  # steps that are not timed
 CLOSE = 5e-3  # of the loss: two ways to round in bfloat16
@@ -47,15 +54,47 @@ CLOSE = 5e-3  # of the loss: two ways to round in bfloat16
 # ---------------------------------------------------------------------------------------------------------- contestants
 
 
+def low_rank() -> peft.LoRAConfig:
+    return peft.LoRAConfig(rank=RANK, alpha=ALPHA)
+
+
+def prompts() -> peft.AdapterConfig:
+    return peft.AdapterConfig(PROMPTS, LAYERS, gate_activation="none", gate_scope="layer")
+
+
+OURS = {"qlora": low_rank, "lora": low_rank, "adapter": prompts, "excitor": peft.ExcitorConfig}
+
+
 class Ours:
     """llamakern.Llama."""
 
     def __init__(self, method: str, folder: Path):
         self.model = Llama.from_pretrained(folder, quantize="nf4" if method == "qlora" else None)
-        peft.apply(self.model, peft.LoRAConfig(rank=RANK, alpha=ALPHA))
+        peft.apply(self.model, OURS[method]())
 
     def loss(self, tokens):
         return self.model.loss(tokens, next_tokens(tokens))
+
+
+class Plain(Ours):
+    """The same model, frozen, with the gradients that the method needs of it: down to its lowest layer's keys."""
+
+    def __init__(self, method: str, folder: Path):
+        super().__init__(method, folder)
+        changed = {path for path, _, _ in self.model.peft_adapters["default"].places}
+        peft.remove(self.model, "default")
+        lowest = min(int(path.split(".")[1]) for path in changed)
+        attention = self.model.layers[lowest].self_attn
+        attention.attend = WantsGradient(attention.attend)
+
+
+class WantsGradient(nn.Module):
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    def forward(self, q, k, v, x, ctx):
+        return self.base(q, k.detach().requires_grad_(), v, x, ctx)
 
 
 class Preset(Ours):
@@ -71,7 +110,7 @@ class Theirs:
     """transformers and PEFT; bitsandbytes for QLoRA."""
 
     def __init__(self, method: str, folder: Path, way: str):
-        from peft import LoraConfig, get_peft_model
+        from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         loading = {"dtype": torch.bfloat16}
@@ -80,6 +119,8 @@ class Theirs:
             loading["quantization_config"] = BitsAndBytesConfig(**nf4)
         model = AutoModelForCausalLM.from_pretrained(folder, **loading)
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        if method == "adapter":
+            config = AdaptionPromptConfig(adapter_len=PROMPTS, adapter_layers=LAYERS, task_type="CAUSAL_LM")
         self.model = get_peft_model(model, config, autocast_adapter_dtype=way != RIVALS[2]).train()
         self.autocast = way == RIVALS[1]
 
@@ -89,17 +130,21 @@ class Theirs:
 
 
 def contestant(name: str, method: str, preset: str | None, folder: Path):
-    """Ours or theirs, A of each adapter drawn from its linear's name alone."""
+    """Ours or theirs, A of each adapter and the prompts of each layer drawn from its name alone."""
     if preset:
         return Preset(preset)
-    made = Ours(method, folder) if name == "ours" else Theirs(method, folder, name)
+    if name in ("ours", PLAIN):
+        made = (Ours if name == "ours" else Plain)(method, folder)
+    else:
+        made = Theirs(method, folder, name)
     for at, p in made.model.named_parameters():
-        if p.requires_grad and "lora_a" in at.lower():
-            linear = at.lower().partition("layers.")[2].partition(".lora_a")[0]
-            a = torch.empty(p.shape).uniform_(
-                -1, 1, generator=torch.Generator().manual_seed(zlib.crc32(linear.encode()))
-            )
-            p.data.copy_(a * p.shape[1] ** -0.5)
+        at = at.lower().partition("layers.")[2]
+        generator = torch.Generator().manual_seed(zlib.crc32(at.partition(".lora_a")[0].encode()))
+        if p.requires_grad and ".lora_a" in at:
+            p.data.copy_(torch.empty(p.shape).uniform_(-1, 1, generator=generator) * p.shape[1] ** -0.5)
+        elif p.requires_grad and p.numel() > 1 and "prompt" in at:
+            generator.manual_seed(int(at.partition(".")[0]))
+            p.data.copy_(torch.empty(p.shape).normal_(generator=generator))
     return made
 
 
@@ -123,7 +168,7 @@ def child(task: dict) -> None:
     """Loads, answers each line of the standard input with one step, and at its end with the memory."""
     shape = Shape(**task["shape"])
     made = contestant(task["name"], task["method"], task["preset"], Path(task["folder"]))
-    params = [p for p in made.model.parameters() if p.requires_grad]
+    params = [p for p in made.model.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(1))]
     optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
     answer(loading_mb=peak_memory_mb())
     reset_peak_memory()
@@ -230,10 +275,11 @@ def race(task: dict, names: list[str], steps: int, warm: int) -> dict[str, dict]
 
 
 def row(label: str, tokens: int, found: dict[str, dict], flops: float) -> dict:
-    """The table's row: ours, and the rivals from the fastest on."""
-    order = sorted(found, key=lambda name: (name != "ours", quartiles(found[name]["seconds"])[1]))
+    """The table's row: ours, the rivals from the fastest on, and the model without the method."""
+    order = sorted(found, key=lambda name: (name != "ours", name == PLAIN, quartiles(found[name]["seconds"])[1]))
     first, best = found[order[0]], found[order[1]] if len(order) > 1 else None
-    error = best and max(abs(a / b - 1) for a, b in zip(first["losses"], best["losses"], strict=True))
+    same = best and order[1] != PLAIN
+    error = max(abs(a / b - 1) for a, b in zip(first["losses"], best["losses"], strict=True)) if same else None
     return {
         "shape": label,
         **table.summary({name: found[name]["seconds"] for name in order}),
@@ -261,13 +307,15 @@ def details(made: dict) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=("qlora", "lora"), default="qlora")
+    parser.add_argument("--method", choices=OURS, default="qlora")
     parser.add_argument("--preset", help="a published shape with random weights, ours alone: llama3-8b")
     parser.add_argument("--tokens", type=int, default=512, help="of a sequence (%(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="sequences in a step (%(default)s)")
     parser.add_argument("--curve", action="store_true", help=f"one sequence of {CURVE} tokens")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each contestant (%(default)s)")
-    parser.add_argument("--only", choices=("ours", *RIVALS), action="append", help="this contestant, may be repeated")
+    parser.add_argument(
+        "--only", choices=("ours", *RIVALS, PLAIN), action="append", help="this contestant, may be repeated"
+    )
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     table.add_arguments(parser)
     return parser.parse_args()
@@ -281,7 +329,8 @@ def main():
     title = Table(name, args, axis="T" if args.curve else "")
     missing = args.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None
     absent = dict.fromkeys(RIVALS, "bitsandbytes is not installed") if missing else {}
-    names = [name for name in args.only or ("ours", *RIVALS) if name not in absent]
+    field = {"adapter": ("ours", PLAIN, *RIVALS[:2]), "excitor": ("ours", PLAIN)}.get(args.method, ("ours", *RIVALS))
+    names = [name for name in args.only or field if name not in absent]
     task = {"method": args.method, "preset": args.preset, "folder": ""}
     if args.preset:
         config = LlamaConfig.preset(args.preset)

@@ -1,5 +1,5 @@
-// torch.ops.llamakern.attention, attention_backward, attention_decode, cache_append_: check, allocate, fill the params,
-// run.
+// torch.ops.llamakern.attention, attention_backward, attention_prompt_backward, attention_decode, cache_append_: check,
+// allocate, fill the params, run.
 #include "../csrc/attention/attention.h"
 
 #include "engine.h"
@@ -17,6 +17,7 @@ struct Call {
   MaybeTensor mask, starts_q, starts_k, lengths, block_table;
   Sight sight;
   float scale;
+  MaybeTensor prompt_k = {}, prompt_v = {}, prompt_gate = {};
 };
 
 // What a door calls itself and its arguments, and which dimensions of its tensors are tokens and heads.
@@ -29,6 +30,8 @@ constexpr Door kAttention{"attention", "q", "k", "v", "mask"};
 constexpr Door kTorchs{"scaled_dot_product_attention", "query", "key", "value", "attn_mask", 2, 1, true};
 constexpr Door kBackward{"attention_backward", "q", "k", "v", "mask"};
 constexpr Door kTorchsBackward{"attention_backward", "query", "key", "value", "attn_mask", 2, 1, true};
+constexpr Door kPromptBackward{"attention_prompt_backward", "q", "k", "v", "mask"};
+constexpr Door kTorchsPromptBackward{"attention_prompt_backward", "query", "key", "value", "attn_mask", 2, 1, true};
 constexpr Door kDecode{"attention_decode", "q", "k_cache", "v_cache", "mask"};
 
 template <typename T>
@@ -92,6 +95,51 @@ Mask make_mask(const Door& door, const MaybeTensor& mask, const Tensor& q, const
                        dtype_name(mask->scalar_type()));
   }
   return m;
+}
+
+// The prompts: k, v (P, Hkv, D) or (B, P, Hkv, D) and gate (H,), all three or none.
+void take_prompts(const Door& door, Call& call, const MaybeTensor& prompt_k, const MaybeTensor& prompt_v,
+                  const MaybeTensor& prompt_gate) {
+  const char* op = door.op;
+  check(prompt_k.has_value() == prompt_v.has_value() && prompt_k.has_value() == prompt_gate.has_value(), op,
+        ": prompt_k, prompt_v and prompt_gate must be given together, got ", prompt_k ? "" : "no ", "prompt_k, ",
+        prompt_v ? "" : "no ", "prompt_v and ", prompt_gate ? "" : "no ", "prompt_gate");
+  if (!prompt_k) return;
+  const Tensor& q = call.q;
+  const int64_t B = q.size(0), Hkv = call.k.size(door.head), D = q.size(3), dim = prompt_k->dim();
+  check(dim == 3 || dim == 4, op, ": prompt_k must have shape (P, Hkv, D) or (B, P, Hkv, D), got ",
+        shape_text(prompt_k->sizes()));
+  const int64_t P = prompt_k->size(dim - 3);
+  check(P >= 1 && P < INT32_MAX, op, ": prompt_k must have at least one prompt, got ", P);
+  for (const auto& [name, t] : {std::pair{"prompt_k", &*prompt_k}, {"prompt_v", &*prompt_v}}) {
+    dim == 3 ? check_shape(op, name, *t, {P, Hkv, D}) : check_shape(op, name, *t, {B, P, Hkv, D});
+    check_same_dtype(op, name, *t, door.q, q);
+    check_same_device(op, name, *t, door.q, q);
+  }
+  check_shape(op, "prompt_gate", *prompt_gate, {q.size(door.head)});
+  check_dtype(op, "prompt_gate", *prompt_gate, ScalarType::Float);
+  check_same_device(op, "prompt_gate", *prompt_gate, door.q, q);
+  call.prompt_k = inner_contiguous(*prompt_k);
+  call.prompt_v = inner_contiguous(*prompt_v);
+  call.prompt_gate = as_contiguous(*prompt_gate);
+}
+
+// (P, Hkv, D) or (B, P, Hkv, D), the first with a batch stride of 0.
+template <typename T>
+Heads<T> prompt_heads(const Tensor& x) {
+  const int64_t dim = x.dim();
+  return {ptr<std::remove_const_t<T>>(x), dim == 4 ? x.stride(0) : 0, x.stride(dim - 3), x.stride(dim - 2)};
+}
+
+template <typename T>
+Prompts<T> prompts(const Call& c) {
+  if (!c.prompt_k) return {};
+  const int64_t dim = c.prompt_k->dim();
+  return {.k = prompt_heads<const T>(*c.prompt_k),
+          .v = prompt_heads<const T>(*c.prompt_v),
+          .gate = cptr<float>(c.prompt_gate),
+          .P = c.prompt_k->size(dim - 3),
+          .B = dim == 4 ? c.prompt_k->size(0) : 1};
 }
 
 Tensor check_starts(const char* op, const char* name, const Tensor& starts, const Tensor& q, int64_t tokens) {
@@ -158,7 +206,8 @@ Attended<T> attended(const Door& door, const Call& c) {
           .S = c.k.size(door.token),
           .H = c.q.size(door.head),
           .Hkv = c.k.size(door.head),
-          .D = c.q.size(3)};
+          .D = c.q.size(3),
+          .prompts = prompts<T>(c)};
 }
 
 std::tuple<Tensor, Tensor> forward(const Door& door, const Call& call) {
@@ -173,20 +222,21 @@ std::tuple<Tensor, Tensor> forward(const Door& door, const Call& call) {
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, MaybeTensor mask, bool causal,
                                      MaybeFloat scale, MaybeInt window, MaybeInt chunk, MaybeTensor cu_seqlens_q,
-                                     MaybeTensor cu_seqlens_k, bool heads_first) {
+                                     MaybeTensor cu_seqlens_k, bool heads_first, MaybeTensor prompt_k,
+                                     MaybeTensor prompt_v, MaybeTensor prompt_gate) {
   const Door& door = heads_first ? kTorchs : kAttention;
-  return forward(door, make_call(door, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k));
+  Call call = make_call(door, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k);
+  take_prompts(door, call, prompt_k, prompt_v, prompt_gate);
+  return forward(door, call);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTensor dlse, const Tensor& q,
-                                                      const Tensor& k, const Tensor& v, const Tensor& y,
-                                                      const Tensor& lse, MaybeTensor mask, bool causal,
-                                                      MaybeFloat scale, MaybeInt window, MaybeInt chunk,
-                                                      MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k,
-                                                      bool heads_first) {
-  const Door& door = heads_first ? kTorchsBackward : kBackward;
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// dq, dk, dv, and where the call has prompts their gradients: else the last three are dq again, unread.
+SixTensors backward(const Door& door, const Call& call, const Tensor& dy, const MaybeTensor& dlse, const Tensor& y,
+                    const Tensor& lse) {
   const char* op = door.op;
-  const Call call = make_call(door, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k);
+  const Tensor& q = call.q;
   const int64_t B = q.size(0), T_ = q.size(door.token), H = q.size(door.head);
   for (const auto& [name, t] : {std::pair{"dy", &dy}, {"y", &y}}) {
     check_sizes(op, name, *t, q.sizes());
@@ -202,19 +252,51 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTen
   const Tensor dy_ = inner_contiguous(dy), y_ = inner_contiguous(y), lse_ = as_contiguous(lse);
   const MaybeTensor dlse_ = dlse ? MaybeTensor(as_contiguous(*dlse)) : std::nullopt;
   const Tensor dq = empty(q.sizes(), q.scalar_type(), q);
-  const Tensor dk = empty(k.sizes(), q.scalar_type(), q), dv = empty(k.sizes(), q.scalar_type(), q);
+  const Tensor dk = empty(call.k.sizes(), q.scalar_type(), q), dv = empty(call.v.sizes(), q.scalar_type(), q);
+  const bool prompted = call.prompt_k.has_value();
+  const Tensor dprompt_k = prompted ? empty(call.prompt_k->sizes(), q.scalar_type(), q) : dq;
+  const Tensor dprompt_v = prompted ? empty(call.prompt_v->sizes(), q.scalar_type(), q) : dq;
+  const Tensor dprompt_gate = prompted ? empty(call.prompt_gate->sizes(), ScalarType::Float, q) : dq;
   dispatch_float(op, door.q, q, [&]<typename T>() {
-    run(AttentionBackward<T>{.dq = heads<T>(dq, door),
-                             .dk = heads<T>(dk, door),
-                             .dv = heads<T>(dv, door),
-                             .y = heads<const T>(y_, door),
-                             .dy = heads<const T>(dy_, door),
-                             .lse = cptr<float>(lse_),
-                             .dlse = cptr<float>(dlse_),
-                             .in = attended<T>(door, call)},
-        q);
+    AttentionBackward<T> params{.dq = heads<T>(dq, door),
+                                .dk = heads<T>(dk, door),
+                                .dv = heads<T>(dv, door),
+                                .y = heads<const T>(y_, door),
+                                .dy = heads<const T>(dy_, door),
+                                .lse = cptr<float>(lse_),
+                                .dlse = cptr<float>(dlse_),
+                                .in = attended<T>(door, call)};
+    if (prompted) {
+      params.dprompt_k = prompt_heads<T>(dprompt_k);
+      params.dprompt_v = prompt_heads<T>(dprompt_v);
+      params.dprompt_gate = ptr<float>(dprompt_gate);
+    }
+    run(params, q);
   });
-  return {dq, dk, dv};
+  return {dq, dk, dv, dprompt_k, dprompt_v, dprompt_gate};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy, MaybeTensor dlse, const Tensor& q,
+                                                      const Tensor& k, const Tensor& v, const Tensor& y,
+                                                      const Tensor& lse, MaybeTensor mask, bool causal,
+                                                      MaybeFloat scale, MaybeInt window, MaybeInt chunk,
+                                                      MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k,
+                                                      bool heads_first) {
+  const Door& door = heads_first ? kTorchsBackward : kBackward;
+  const Call call = make_call(door, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k);
+  const SixTensors grads = backward(door, call, dy, dlse, y, lse);
+  return {std::get<0>(grads), std::get<1>(grads), std::get<2>(grads)};
+}
+
+SixTensors attention_prompt_backward(const Tensor& dy, MaybeTensor dlse, const Tensor& q, const Tensor& k,
+                                     const Tensor& v, const Tensor& y, const Tensor& lse, MaybeTensor mask, bool causal,
+                                     MaybeFloat scale, MaybeInt window, MaybeInt chunk, MaybeTensor cu_seqlens_q,
+                                     MaybeTensor cu_seqlens_k, bool heads_first, const Tensor& prompt_k,
+                                     const Tensor& prompt_v, const Tensor& prompt_gate) {
+  const Door& door = heads_first ? kTorchsPromptBackward : kPromptBackward;
+  Call call = make_call(door, q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k);
+  take_prompts(door, call, prompt_k, prompt_v, prompt_gate);
+  return backward(door, call, dy, dlse, y, lse);
 }
 
 // What both cache ops check: lengths [B] in [least, room for keys], and that the blocks they reach exist.
@@ -255,20 +337,23 @@ Cache check_cache(const char* op, const Tensor& k_cache, const Tensor& lengths, 
 }
 
 Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
-                        MaybeTensor block_table, MaybeInt window, MaybeInt chunk, MaybeFloat scale) {
+                        MaybeTensor block_table, MaybeInt window, MaybeInt chunk, MaybeFloat scale,
+                        MaybeTensor prompt_k, MaybeTensor prompt_v, MaybeTensor prompt_gate) {
   const char* op = kDecode.op;
   check_heads(kDecode, q, k_cache, v_cache);
   const Cache cache = check_cache(op, k_cache, lengths, block_table, q.size(0), 0);
-  return std::get<0>(forward(kDecode, Call{.q = inner_contiguous(q),
-                                           .k = inner_contiguous(k_cache),
-                                           .v = inner_contiguous(v_cache),
-                                           .mask = std::nullopt,
-                                           .starts_q = std::nullopt,
-                                           .starts_k = std::nullopt,
-                                           .lengths = cache.lengths,
-                                           .block_table = cache.block_table,
-                                           .sight = make_sight(op, true, false, window, chunk),
-                                           .scale = scale ? float(*scale) : default_scale(q.size(3))}));
+  Call call{.q = inner_contiguous(q),
+            .k = inner_contiguous(k_cache),
+            .v = inner_contiguous(v_cache),
+            .mask = std::nullopt,
+            .starts_q = std::nullopt,
+            .starts_k = std::nullopt,
+            .lengths = cache.lengths,
+            .block_table = cache.block_table,
+            .sight = make_sight(op, true, false, window, chunk),
+            .scale = scale ? float(*scale) : default_scale(q.size(3))};
+  take_prompts(kDecode, call, prompt_k, prompt_v, prompt_gate);
+  return std::get<0>(forward(kDecode, call));
 }
 
 void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
@@ -310,17 +395,22 @@ void cache_append_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
 
 #define LK_SIGHT                                                                                                   \
   "Tensor? mask, bool causal, float? scale, int? window, int? chunk, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, " \
-  "bool heads_first)"
+  "bool heads_first"
+#define LK_PROMPTS ", Tensor? prompt_k=None, Tensor? prompt_v=None, Tensor? prompt_gate=None)"
+#define LK_SIX "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
-  define_op(m, "attention", "(Tensor q, Tensor k, Tensor v, " LK_SIGHT " -> (Tensor, Tensor)");
+  define_op(m, "attention", "(Tensor q, Tensor k, Tensor v, " LK_SIGHT LK_PROMPTS " -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dy, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, " LK_SIGHT
-        " -> (Tensor, Tensor, Tensor)");
+        ") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_prompt_backward(Tensor dy, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, " LK_SIGHT
+      ", Tensor prompt_k, Tensor prompt_v, Tensor prompt_gate) -> " LK_SIX);
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, int? window, "
-      "int? chunk, float? scale) -> Tensor");
+      "int? chunk, float? scale" LK_PROMPTS " -> Tensor");
   m.def(
       "cache_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, Tensor? block_table) "
       "-> ()");
@@ -329,6 +419,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
 LK_REGISTER(m) {
   LK_IMPL(m, "attention", attention);
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_prompt_backward", TORCH_BOX(&attention_prompt_backward));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
   m.impl("cache_append_", TORCH_BOX(&cache_append_));
 }

@@ -67,7 +67,7 @@ Tensor check_lengths(const Tensor& x, const Tensor& lengths, int64_t most) {
   check_dtype(kOp, "lengths", lengths, ScalarType::Int);
   check_same_device(kOp, "lengths", lengths, "x", x);
   const Tensor flat = as_contiguous(lengths);
-  for (int64_t b = 0; b < x.size(0); ++b) {
+  for (int64_t b = 0; readable(flat) && b < x.size(0); ++b) {
     const int32_t n = cptr<int32_t>(flat)[b];
     check(n >= 1 && n <= most, kOp, ": lengths must lie in [1, ", most, "], got ", n);
   }
@@ -138,6 +138,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
       "int block_size, float eps, bool interleaved) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) { m.impl("nf4_block_decode_", TORCH_BOX(&nf4_block_decode_)); }
+LK_REGISTER(m) { m.impl("nf4_block_decode_", TORCH_BOX(&nf4_block_decode_)); }
 
 }  // namespace llamakern

@@ -44,25 +44,3 @@ HostWorkspace::~HostWorkspace() {
 
 }  // namespace llamakern::cuda
 #endif
-#ifdef LK_HOST_CUDA
-#include <map>
-#include <memory>
-#include <mutex>
-namespace host {
-static std::mutex lock;
-static std::map<const char*, std::pair<size_t, std::unique_ptr<Buffer>>> known;
-void forget(const void* p) {
-  std::lock_guard g(lock);
-  known.erase((const char*)p);
-}
-void remember(const void* p, size_t n, const char* name) {
-  std::lock_guard g(lock);
-  const char* at = (const char*)p;
-  auto same = known.find(at);
-  if (same != known.end() && same->second.first == n) return;
-  for (auto i = known.begin(); i != known.end();)
-    i = i->first < at + n && at < i->first + i->second.first ? known.erase(i) : std::next(i);
-  if (n) known[at] = {n, std::make_unique<Buffer>(p, n, name)};
-}
-}  // namespace host
-#endif

@@ -1,4 +1,5 @@
-// From checked params to a kernel: the engine is that of the tensor's device.
+// From checked params to a kernel: the engine is that of the tensor's device. Where the CUDA engine was not built,
+// tensors on a GPU get NotImplementedError from here, in one sentence.
 #pragma once
 #include "../csrc/common/cuda.h"
 #include "tensor.h"
@@ -22,13 +23,21 @@ void run_on_cuda(const Params& params, const Tensor& on) {
 }
 #endif
 
+[[noreturn]] void throw_not_built(const std::string& message);
+
 // Runs the kernel of `params`, all of whose pointers lie on the device of `on`.
 template <typename Params>
-void run(const Params& params, [[maybe_unused]] const Tensor& on) {
+void run(const Params& params, const Tensor& on) {
+  if (!on.is_cuda()) return run(params);
 #ifdef LK_CUDA
-  if (on.is_cuda()) return run_on_cuda(params, on);
+  if (!cuda::kernel<Params>.launch)
+    throw_not_built("llamakern: this op has no CUDA kernel; move its tensors to the CPU");
+  run_on_cuda(params, on);
+#else
+  throw_not_built(
+      "llamakern: this build has no CUDA engine; build it where nvcc is, with LLAMAKERN_CUDA=1 pip install "
+      "--no-build-isolation --no-deps . in the checkout");
 #endif
-  run(params);
 }
 
 // Whether the host can look at the tensor's values without waiting for a device. Values on a GPU are taken as they are.
@@ -36,13 +45,9 @@ inline bool readable(const Tensor& t) { return !t.is_cuda(); }
 
 }  // namespace llamakern
 
-// The kernels of a room, for both engines:   LK_REGISTER(m) { LK_IMPL(m, "rope", rope); ... }
-#ifdef LK_CUDA
+// The kernels of a room, for both devices:   LK_REGISTER(m) { LK_IMPL(m, "rope", rope); ... }
 #define LK_REGISTER(m)                                                   \
   static void register_kernels(torch::stable::detail::StableLibrary&);   \
   STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) { register_kernels(m); }  \
   STABLE_TORCH_LIBRARY_IMPL(llamakern, CUDA, m) { register_kernels(m); } \
   static void register_kernels(torch::stable::detail::StableLibrary& m)
-#else
-#define LK_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m)
-#endif

@@ -1,6 +1,8 @@
-// TypeError for a wrong dtype. Python's symbols are weak: the library also loads where there is no Python.
+// TypeError for a wrong dtype, NotImplementedError for what was not built. Python's symbols are weak: the library also
+// loads where there is no Python.
 #include <pybind11/pybind11.h>
 
+#pragma weak PyExc_NotImplementedError
 #pragma weak PyExc_TypeError
 #pragma weak PyErr_SetString
 
@@ -9,6 +11,15 @@
 namespace llamakern {
 
 void throw_type_error(const std::string& message) { throw pybind11::type_error(message); }
+
+namespace {
+struct NotBuilt : pybind11::builtin_exception {
+  using builtin_exception::builtin_exception;
+  void set_error() const override { PyErr_SetString(PyExc_NotImplementedError, what()); }
+};
+}  // namespace
+
+void throw_not_built(const std::string& message) { throw NotBuilt(message); }
 
 const char* dtype_name(ScalarType dtype) {
   switch (dtype) {

@@ -81,5 +81,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("copy_memory", &copy_pages, py::arg("target"), py::arg("source"),
         "Copy a buffer on all threads; returns the bytes read and written.");
   m.attr("compiler") = std::string(__VERSION__);
+#ifdef LK_CUDA
+  m.attr("cuda_built") = true;
+  m.attr("cuda_archs") = LK_CUDA_ARCHS;
+  m.attr("cuda_compiler") = LK_NVCC;
+#else
   m.attr("cuda_built") = false;
+  m.attr("cuda_archs") = py::none();
+  m.attr("cuda_compiler") = py::none();
+#endif
 }

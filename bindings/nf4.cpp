@@ -91,6 +91,7 @@ Tensor nf4_linear_backward(const Tensor& dy_, const Tensor& weight, const Tensor
 
 void large_pages_(const Tensor& weight) {
   check(weight.is_contiguous(), "large_pages_", ": weight must be contiguous, got strides");
+  if (weight.is_cuda()) return;  // a GPU's memory has large pages already
   use_large_pages(weight.mutable_data_ptr(), size_t(weight.numel()) * weight.element_size());
 }
 

@@ -116,11 +116,11 @@ def same(a: Tensor | NF4Linear, b: Tensor | NF4Linear) -> bool:
 
 def place(model: Llama, name: str, tensor: Tensor | NF4Linear, double_quant: bool | None, dtype: torch.dtype | None):
     """Puts one tensor where the meta-device model wants it, packed first unless double_quant is None."""
-    path = name.rpartition(".")[0]
+    path, _, part = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(tensor, NF4Linear) and double_quant and not tensor.double_quant:
         raise ValueError(f"checkpoint: double_quant must be False where weights are packed already, got {name}")
-    if double_quant is not None and isinstance(tensor, Tensor) and isinstance(module, nn.Linear):
+    if part == "weight" and double_quant is not None and isinstance(tensor, Tensor) and isinstance(module, nn.Linear):
         tensor = NF4Linear.from_weight(tensor, double_quant=double_quant)
     if isinstance(tensor, NF4Linear):
         if not isinstance(module, nn.Linear):
@@ -129,7 +129,7 @@ def place(model: Llama, name: str, tensor: Tensor | NF4Linear, double_quant: boo
         setattr(model.get_submodule(parent), leaf, tensor)
     else:
         own = tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)  # not the file's pages
-        module.weight = nn.Parameter(own)
+        setattr(module, part, nn.Parameter(own))
 
 
 def shorten(names) -> str:

@@ -76,14 +76,18 @@ def collect(model: Llama) -> tuple[dict[str, Tensor], dict]:
     c = model.config
     if getattr(model.lm_head, "weight", None) is not model.embed_tokens.weight:
         c = c.replace(tie_embeddings=False)
+    c = c.replace(attention_bias=has_bias(model, "self_attn"), mlp_bias=has_bias(model, "mlp"))
     dtype = model.embed_tokens.weight.dtype
     with torch.device("meta"):
-        wanted = {name for name, _ in Llama(c).named_parameters()}
-    own, packed = dict(model.named_parameters()), {}
+        shapes = {name: p.shape for name, p in Llama(c).named_parameters()}
+    wanted, own, packed = shapes.keys(), dict(model.named_parameters()), {}
+    for name in wanted - own.keys():
+        if name.endswith(".bias"):  # others of its kind have one, and config.json knows all or none
+            own[name] = torch.zeros(shapes[name], dtype=dtype)
     for path, module in model.named_modules():
         if isinstance(module, NF4Linear):
             packed[path] = module
-            for name, _ in module.named_parameters():
+            for name in ("weight", "absmax", "absmax_scale", "absmax_offset"):
                 own.pop(f"{path}.{name}", None)
     have = own.keys() | {f"{path}.weight" for path in packed}
     if have != wanted:
@@ -96,8 +100,9 @@ def collect(model: Llama) -> tuple[dict[str, Tensor], dict]:
             raise ValueError("checkpoint: rope_layout must be 'half' to save an NF4 model, got 'interleaved'")
         for i in range(c.n_layers):
             for name, n_heads in (("q_proj", c.n_heads), ("k_proj", c.n_kv_heads)):
-                key = f"layers.{i}.self_attn.{name}.weight"
-                own[key] = interleaved_to_half(own[key], n_heads)
+                for part in ("weight", "bias") if c.attention_bias else ("weight",):
+                    key = f"layers.{i}.self_attn.{name}.{part}"
+                    own[key] = interleaved_to_half(own[key], n_heads)
     config = c.replace(rope_layout="half").to_hf()
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     tensors = {hf_name(name): tensor.detach() for name, tensor in own.items()}
@@ -107,6 +112,11 @@ def collect(model: Llama) -> tuple[dict[str, Tensor], dict]:
         dense = [hf_name(path) for path, module in model.named_modules() if type(module) is nn.Linear]
         config["quantization_config"] = checkpoint_nf4.quantization_config(packed, dense, dtype)
     return tensors, config
+
+
+def has_bias(model: Llama, part: str) -> bool:
+    """Whether any linear in a part of the blocks has a bias."""
+    return any(f".{part}." in name and name.endswith(".bias") for name, _ in model.named_parameters())
 
 
 def split(tensors: dict[str, Tensor], max_bytes: int) -> list[list[str]]:

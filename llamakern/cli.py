@@ -11,6 +11,7 @@ from llamakern.chat import TEMPLATES
 from llamakern.finetune import DTYPES, FinetuneConfig
 from llamakern.gate import GateError
 from llamakern.peft.merge import FORMS, SHORT
+from llamakern.sweep import CompareConfig
 
 MISTAKES = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, GateError, ImportError)
 
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code. A mistake of the user ends as one line on stderr and code 1."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.verb != "finetune":
+    if rest and arguments.verb not in ("finetune", "compare"):
         parser.error(f"unknown arguments: {' '.join(rest)}{suggestion(rest[0], arguments)}")
     arguments.rest = rest
     try:
@@ -28,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"llamakern {arguments.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; the same command goes on from the last checkpoint" if arguments.verb == "finetune" else ""
+        hint = (
+            "; the same command goes on from the last checkpoint" if arguments.verb in ("finetune", "compare") else ""
+        )
         print(f"\nstopped{hint}", file=sys.stderr)
         return 130
     return 0
@@ -60,19 +63,24 @@ def demo(p: argparse.ArgumentParser) -> None:
 
 
 def finetune(p: argparse.ArgumentParser) -> None:
-    p.add_argument("settings", nargs="*", metavar="config.yaml key=value", help="settings; they work as flags too:")
-    for field in dataclasses.fields(FinetuneConfig):  # a flag that is not given leaves no trace
-        default = "" if field.default is dataclasses.MISSING else f"({field.default})"
-        flag = "--" + field.name.replace("_", "-")
-        p.add_argument(flag, default=argparse.SUPPRESS, metavar="", help=default.replace("%", "%%"))
+    add_settings(p, FinetuneConfig)
     p.add_argument("--dry-run", action="store_true", help="train nothing; show data, memory and time")
     p.add_argument("--reproduce", metavar="run.json", help="run it again; fail unless the adapter comes out the same")
     p.add_argument("--print-settings", action="store_true", help="show every setting and its value")
 
 
+def add_settings(p: argparse.ArgumentParser, kind: type) -> None:
+    p.add_argument("settings", nargs="*", metavar="config.yaml key=value", help="settings; they work as flags too:")
+    for field in dataclasses.fields(kind):  # a flag that is not given leaves no trace
+        default = "" if field.default is dataclasses.MISSING else f"({field.default})"
+        flag = "--" + field.name.replace("_", "-")
+        p.add_argument(flag, default=argparse.SUPPRESS, metavar="", help=default.replace("%", "%%"))
+
+
 def generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("base", help="folder of the model")
     p.add_argument("--adapter", help="folder of an adapter; its prompt template is applied")
+    p.add_argument("--method", help="file.py:Class of the adapter's method, if that is one from outside")
     p.add_argument("--chat", choices=TEMPLATES, help="prompt template, for a model that was trained with it")
     p.add_argument("--prompt", required=True, help="the text, or with a template the instruction")
     p.add_argument("--input", default="", help="with a template, the instruction's input")
@@ -101,11 +109,16 @@ def quantize(p: argparse.ArgumentParser) -> None:
 def merge(p: argparse.ArgumentParser) -> None:
     p.add_argument("base", help="folder of the model")
     p.add_argument("adapter", help="folder of the adapter")
+    p.add_argument("--method", help="file.py:Class of the adapter's method, if that is one from outside")
     p.add_argument("out", help="folder to write")
     p.add_argument("--quantize", choices=["nf4"], help="the base is quantised while loading, as it was for qlora")
     p.add_argument("--double-quant", action="store_true", help="with --quantize, the scales too, as it was for qlora")
     p.add_argument("--to", choices=[*FORMS, *SHORT], help="form of the result; by default dense")
     p.add_argument("--text", default=commands.SAMPLE, help="sample on which the change of the logits is measured")
+
+
+def compare(p: argparse.ArgumentParser) -> None:
+    add_settings(p, CompareConfig)
 
 
 def bench(p: argparse.ArgumentParser) -> None:
@@ -135,6 +148,11 @@ VERBS = {
         "Merge an adapter into its base and say what that changes.",
         "llamakern merge path/to/llama runs/finetune/adapter merged --to bfloat16",
         merge,
+    ),
+    "compare": (
+        "Compare methods at an equal token budget: learning rates by validation, results on test.",
+        "llamakern compare --base path/to/llama --data tasks.jsonl --methods lora,excitor,lora+adapter tokens=200000",
+        compare,
     ),
     "bench": (
         "Race the ops against the best that others offer, beside the machine's own limits.",

@@ -38,15 +38,9 @@ def finetune(arguments) -> None:
         if distributed.is_main():
             print(f"the adapter is the same: {same}")
         return
-    names = settings.names(job.FinetuneConfig)
-    for flag in arguments.rest:
-        if flag.startswith("--"):
-            settings.known(flag[2:].partition("=")[0].replace("-", "_"), [*names, *FINETUNE_FLAGS])
-    file = words.pop(0) if words and "=" not in words[0] else None
-    flags = [f"{name}={getattr(arguments, name)}" for name in names if hasattr(arguments, name)]
-    config = settings.build(job.FinetuneConfig, file, words + flags)
+    config = read_settings(arguments, job.FinetuneConfig, FINETUNE_FLAGS)
     if arguments.print_settings:
-        for name in names:
+        for name in settings.names(job.FinetuneConfig):
             print(f"{name}: {getattr(config, name)}")
     elif arguments.dry_run:
         job.dry_run(config)
@@ -55,6 +49,26 @@ def finetune(arguments) -> None:
         if distributed.is_main():
             print(json.dumps(result, indent=2))
             print(f"adapter: {Path(config.out) / 'adapter'}")
+
+
+def read_settings(arguments, kind: type, others: tuple[str, ...] = ()):
+    """The settings of a verb: its YAML file, key=value words and flags."""
+    names, words = settings.names(kind), [*arguments.settings, *arguments.rest]
+    for flag in arguments.rest:
+        if flag.startswith("--"):
+            settings.known(flag[2:].partition("=")[0].replace("-", "_"), [*names, *others])
+    file = words.pop(0) if words and "=" not in words[0] else None
+    flags = [f"{name}={getattr(arguments, name)}" for name in names if hasattr(arguments, name)]
+    return settings.build(kind, file, words + flags)
+
+
+def compare(arguments) -> None:
+    from llamakern import sweep
+    from llamakern.sweep_table import markdown
+
+    config = read_settings(arguments, sweep.CompareConfig)
+    report = sweep.compare(config)
+    print(f"\n{markdown(report)}\n{config.out}: compare.md, .csv, .tex, .json, .png, references.bib")
 
 
 def generate(arguments) -> None:
@@ -70,7 +84,7 @@ def generate(arguments) -> None:
         own = chat.end_ids(template, tokenizer) if template else tokenizer.eos_id
         ends = end_ids(own, model.config.eos_id)
     if arguments.adapter:
-        peft.load(model, arguments.adapter)
+        load_adapter(model, arguments)
     stream = TextStream(tokenizer, ends=ends, stop=stop, write=lambda text: print(text, end="", flush=True))
     generation.generate(
         model,
@@ -123,7 +137,7 @@ def quantize(arguments) -> None:
 def merge(arguments) -> None:
     check_out(arguments)
     arguments.dtype = None
-    model = peft.load(load_base(arguments), arguments.adapter)
+    model = load_adapter(load_base(arguments), arguments)
     tokens = torch.tensor([load_tokenizer(job.source_path(arguments.base)).encode(arguments.text)])
     report = peft.merge_report(model, tokens, to=arguments.to)
     model.save_pretrained(arguments.out)
@@ -148,6 +162,13 @@ def load_base(arguments) -> Llama:
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
     knobs = {"quantize": arguments.quantize, "double_quant": arguments.double_quant}
     return Llama.from_pretrained(arguments.base, dtype=dtype, **knobs)
+
+
+def load_adapter(model: Llama, arguments) -> Llama:
+    for name in (arguments.method or "").split(","):
+        if name:
+            peft.find_method(name)  # of one from outside: runs its file
+    return peft.load(model, arguments.adapter)
 
 
 def check_out(arguments) -> None:

@@ -37,6 +37,8 @@ class LlamaConfig:
     rope_layout: str = "half"
     bos_id: int | None = 1
     eos_id: int | tuple[int, ...] | None = 2
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "max_seq_len"):
@@ -60,8 +62,9 @@ class LlamaConfig:
             if not _is_positive(value):
                 raise ValueError(f"config: {name} must be a positive number, got {value!r}")
             setattr(self, name, float(value))
-        if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(f"config: tie_embeddings must be true or false, got {self.tie_embeddings!r}")
+        for name in ("tie_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"config: {name} must be true or false, got {getattr(self, name)!r}")
         for name in ("bos_id", "eos_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, tuple) else () if value is None else (value,)
@@ -104,6 +107,8 @@ class LlamaConfig:
             rope_scaling=_rope_scaling(rope, max_seq_len),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_embeddings=hf.get("tie_word_embeddings", False),
+            attention_bias=hf.get("attention_bias", False),
+            mlp_bias=hf.get("mlp_bias", False),
             bos_id=hf.get("bos_token_id", 1),
             eos_id=tuple(eos_id) if isinstance(eos_id, list) else eos_id,
         )
@@ -122,6 +127,8 @@ class LlamaConfig:
         return {
             "architectures": ["LlamaForCausalLM"],
             **HF_FIXED,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
             "hidden_size": self.dim,
             "num_hidden_layers": self.n_layers,
             "num_attention_heads": self.n_heads,
@@ -145,7 +152,7 @@ class LlamaConfig:
 
 
 HF_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-HF_FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+HF_FIXED = {"model_type": "llama", "hidden_act": "silu"}
 
 
 def _check_positive(name, value):

@@ -35,6 +35,7 @@ class Example(NamedTuple):
     trained: list[bool]
     truncated: bool
     where: str  # "line 3 of x.jsonl"
+    features: Tensor | None = None  # (Nv, Dv) of a frozen encoder, for a method that takes them
 
     @property
     def inputs(self) -> list[int]:
@@ -58,6 +59,7 @@ class Batch(NamedTuple):
     positions: Tensor | None = None  # (T,) int64
     cu_seqlens: Tensor | None = None  # (n + 1,) int32
     n_tokens: int = 0  # without the padding
+    features: Tensor | None = None  # (B, Nv, Dv)
 
     @property
     def n_trained(self) -> int:
@@ -247,11 +249,20 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
     T = max(len(e.tokens) for e in examples) - 1
     tokens = torch.tensor([e.inputs + [pad_id] * (T - len(e.inputs)) for e in examples])
     labels = torch.tensor([e.labels + [IGNORED] * (T - len(e.labels)) for e in examples])
-    return Batch(tokens, labels, n_tokens=sum(len(e.inputs) for e in examples))
+    features = [e.features for e in examples if e.features is not None]
+    if 0 < len(features) < len(examples):
+        raise ValueError(f"data: features must stand in every example of a batch or in none, got {len(features)}")
+    features = torch.stack(features) if features else None
+    return Batch(tokens, labels, n_tokens=sum(len(e.inputs) for e in examples), features=features)
 
 
 def pack(examples: Sequence[Example], length: int, pad_id: int) -> Batch:
-    """One row of `length` tokens; sequences see only themselves. The padding at the end is one more sequence."""
+    """One row of `length` tokens; sequences see only themselves. The padding at the end is one more sequence.
+
+    ValueError for examples with features, which belong to rows.
+    """
+    if any(e.features is not None for e in examples):
+        raise ValueError("data: packing must be off for examples with features, which belong to rows")
     tokens = [t for e in examples for t in e.inputs]
     labels = [t for e in examples for t in e.labels]
     sizes = [len(e.inputs) for e in examples]

@@ -16,10 +16,13 @@ from llamakern.ops.block import block_decode
 from llamakern.rotary import cos_sin
 
 
-def decoder(model, cache: KVCache) -> Callable[[Tensor], Tensor]:
-    """fn(tokens (B,)) -> what lm_head sees, (B, C). Each call adds one token to every row of the cache."""
-    if not is_plain(model, cache):
-        return lambda tokens: model.hidden(tokens[:, None], cache=cache)[:, -1]
+def decoder(model, cache: KVCache, **knobs) -> Callable[[Tensor], Tensor]:
+    """fn(tokens (B,)) -> what lm_head sees, (B, C). Each call adds one token to every row of the cache.
+
+    knobs: what else each call of `model.hidden` is given.
+    """
+    if knobs or not is_plain(model, cache):
+        return lambda tokens: model.hidden(tokens[:, None], cache=cache, **knobs)[:, -1]
     max_len = cache.k[0].shape[1]
     cos, sin = cos_sin(model.config, torch.arange(max_len, device=cache.k[0].device))
     blocks = [arguments(layer) for layer in model.layers]

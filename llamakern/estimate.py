@@ -119,7 +119,9 @@ def first(items, n: int) -> list:
 def twice(batch: Batch) -> Batch:
     """The same sequences two times: in more rows, or packed into a longer one."""
     if batch.cu_seqlens is None:
-        return Batch(batch.tokens.repeat(2, 1), batch.labels.repeat(2, 1), n_tokens=2 * batch.n_tokens)
+        features = None if batch.features is None else batch.features.repeat(2, 1, 1)
+        rows = batch.tokens.repeat(2, 1), batch.labels.repeat(2, 1)
+        return Batch(*rows, n_tokens=2 * batch.n_tokens, features=features)
     bounds = torch.cat((batch.cu_seqlens, batch.cu_seqlens[1:] + batch.cu_seqlens[-1]))
     return Batch(batch.tokens.repeat(1, 2), batch.labels.repeat(1, 2), batch.positions.repeat(2), bounds)
 

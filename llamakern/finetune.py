@@ -17,12 +17,15 @@ from llamakern.data import Example, check_examples, drop_masked, load_examples, 
 from llamakern.estimate import estimate
 from llamakern.files import sha256, write_json
 from llamakern.model import Llama
+from llamakern.peft.files import digest
 from llamakern.peft.lora import ALL_LINEARS
+from llamakern.peft.methods import find_method
 from llamakern.runs import environment, now
 from llamakern.tokenizer import Tokenizer, load_tokenizer
 from llamakern.train import FREE_TO_CHANGE, TrainConfig, Trainer
 
 DTYPES = ("float32", "bfloat16", "float16")
+LORA_SETTINGS = ("rank", "alpha", "dropout", "targets", "rslora", "dora")  # of FinetuneConfig
 
 
 @dataclass
@@ -32,37 +35,62 @@ class FinetuneConfig(TrainConfig):
     base: str = ""  # folder of the model
     data: str = ""  # .json or .jsonl
     out: str = "runs/finetune"
-    method: str = "lora"  # lora, qlora
+    method: str = "lora"  # or ./mine.py:MyConfig; several with commas; qlora is lora with quantize: nf4
+    options: dict[str, dict] = field(default_factory=dict)  # of the methods by name: excitor.prompt_len=30
     tokenizer: str | None = None  # file or folder; by default the base's
     fields: dict[str, str] = field(default_factory=dict)  # our name: the file's
     template: str = "alpaca"  # alpaca, plain, llama2, llama3, llama3.1, llama4
     eval_fraction: float = 0.05  # of the records, held out
     drop_masked: bool = False  # leave out examples whose answer lies wholly beyond max_len
     dtype: str | None = None  # of the dense weights: float32, bfloat16, float16; by default as stored
-    rank: int = 16
+    quantize: str | None = None  # nf4: the base's linears in 4 bits
+    double_quant: bool = False  # with nf4: its scales in 8 bits
+    rank: int = 16  # this and the next five are LoRA's
     alpha: float = 32.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ALL_LINEARS
     rslora: bool = False
     dora: bool = False
-    double_quant: bool = False  # of qlora's base: its scales in 8 bits
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("base", "data"):
             if not getattr(self, name):
                 raise ValueError(f"finetune: {name} must be given, as {name}=... or --{name} ...")
-        for name, choices in (("method", peft.METHODS), ("template", TEMPLATES)):
+        for name, choices in (("template", TEMPLATES), ("quantize", (None, "nf4"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"finetune: {name} must be one of {list(choices)}, got {getattr(self, name)!r}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"finetune: dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
-        if self.double_quant and self.method != "qlora":
-            raise ValueError(f"finetune: method must be qlora with double_quant, got {self.method!r}")
+        if self.double_quant and not self.packed:
+            raise ValueError(f"finetune: double_quant must go with qlora or quantize=nf4, got method {self.method!r}")
         self.peft_config()
 
-    def peft_config(self) -> peft.LoRAConfig:
-        return peft.LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.rslora, self.dora)
+    @property
+    def methods(self) -> list[str]:
+        return [name.strip() for name in self.method.split(",")]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the base is quantised to NF4."""
+        return self.quantize == "nf4" or "qlora" in self.methods
+
+    def peft_config(self) -> list[peft.Method]:
+        """The methods' configurations. ValueError for unknown methods and options."""
+        kinds = [find_method(name) for name in self.methods]
+        if unknown := self.options.keys() - {kind.kind for kind in kinds}:
+            raise ValueError(f"finetune: options must be of the method {self.method}, got {sorted(unknown)[0]}")
+        flat = {name: getattr(self, name) for name in LORA_SETTINGS}
+        lora = any(kind is peft.LoRAConfig for kind in kinds)
+        if changed := [n for n, v in flat.items() if not lora and v != getattr(FinetuneConfig, n)]:
+            raise ValueError(
+                f"finetune: {changed[0]} must be left out without lora, got {flat[changed[0]]!r}; "
+                f"what is a method's own is set as {kinds[0].kind}.{changed[0]}"
+            )
+        return [
+            settings.make(kind, (flat if kind is peft.LoRAConfig else {}) | self.options.get(kind.kind, {}))
+            for kind in kinds
+        ]
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
@@ -92,8 +120,7 @@ def finetune(config: FinetuneConfig, quiet: bool = False) -> dict:
     run["result"] = trainer.train()
     prompt = to_prompt(TEMPLATES[config.template], tokenizer)
     peft.save(trainer.model, out / "adapter", base=config.base, prompt=prompt)
-    weights = out / "adapter" / "adapter_model.safetensors"
-    run["hashes"]["adapter"] = trainer.world.from_main(lambda: sha256(weights))
+    run["hashes"]["adapter"] = trainer.world.from_main(lambda: digest(out / "adapter"))
     run["ended"] = now()
     if trainer.world.is_main:
         write_json(out / "run.json", run)
@@ -166,7 +193,7 @@ def prepare(config: FinetuneConfig, tokenizer: Tokenizer, records: list, *, out:
     records = drop_masked(records) if config.drop_masked else records
     train, held_out = split(records, config.eval_fraction, config.seed)
     check_examples(train + held_out)
-    knobs = {"quantize": "nf4" if config.method == "qlora" else None, "double_quant": config.double_quant}
+    knobs = {"quantize": "nf4" if config.packed else None, "double_quant": config.double_quant}
     model = Llama.from_pretrained(config.base, dtype=config.dtype and getattr(torch, config.dtype), **knobs)
     largest, vocab_size = max((max(e.tokens) for e in train + held_out), default=0), model.config.vocab_size
     if largest >= vocab_size:

@@ -28,6 +28,7 @@ def generate(
     tokenizer=None,
     pad_id: int = 0,
     on_token=None,
+    features: Tensor | None = None,  # (B, Nv, Dv)
 ) -> Tensor:  # (B, T + new) int64
     """Continues each row. `new` is max_new_tokens, or less if every row has ended before.
 
@@ -38,7 +39,8 @@ def generate(
     tokens that the row has already (CTRL, arXiv 1909.05858, section 4.1). The same seed draws the same tokens.
 
     A row ends with eos_id, or when its new text contains a `stop` string (which needs the tokenizer). on_token(ids)
-    sees each step's B new ids as a list, with None for a row that has ended.
+    sees each step's B new ids as a list, with None for a row that has ended. features: a frozen encoder's, for a method
+    that takes them.
 
     ValueError for sizes, ids and knobs out of range; TypeError for tokens that are not integers.
     """
@@ -64,8 +66,9 @@ def generate(
     done = torch.zeros(B, dtype=torch.bool, device=device)
     with torch.inference_mode(), evaluating(model):
         cache = model.new_cache(B, T + max_new_tokens)
-        decode = decoder(model, cache)
-        h = model.hidden(out[:, :T], cache=cache, lengths=lengths)[rows, lengths - 1]  # (B, C)
+        knobs = {} if features is None else {"features": features}
+        decode = decoder(model, cache, **knobs)
+        h = model.hidden(out[:, :T], cache=cache, lengths=lengths, **knobs)[rows, lengths - 1]  # (B, C)
         while True:
             step = sampling.pick(model.lm_head(h), seen, generator)  # (B,)
             if seen is not None:

@@ -1,9 +1,11 @@
 """LLaMA 1 to 3.3: pre-norm blocks of grouped-query attention and SwiGLU (arXiv 2302.13971, 2407.21783).
 
-Module names follow Hugging Face, without its prefix `model.`. Two sockets take other modules:
+Module names follow Hugging Face, without its prefix `model.`. Sockets take other modules:
 
     linear   (x) -> y                        any projection; LoRA and NF4 plug in here
     attend   (q, k, v, x, ctx) -> y          all between the projections and o_proj, the cache included
+    visual   (features) -> visual            empty: what projects an encoder's features once for all layers
+    prefix   a parameter (P, C)              empty: virtual tokens in front of every sequence (prefix.py)
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, Hkv key/value heads, D head_dim, C model width,
 V vocabulary.
@@ -20,20 +22,20 @@ from torch.utils.checkpoint import checkpoint
 from llamakern import ops
 from llamakern.config import LlamaConfig
 from llamakern.nn import RMSNorm
+from llamakern.prefix import lay
 from llamakern.rotary import cos_sin
 
 
 class KVCache:
     """Keys and values of every layer, preallocated.
 
-    k, v: one tensor (B, S, Hkv, D) per layer. lengths: int32 (B,), how many keys of each row are valid; while the
-    layers run, the tokens that they are given count too.
+    k, v: one tensor (B, S, Hkv, D) per layer. heads: each layer's (Hkv, D). lengths: int32 (B,), how many keys of each
+    row are valid; while the layers run, the tokens that they are given count too.
     """
 
-    def __init__(self, n_layers: int, batch: int, max_len: int, n_kv_heads: int, head_dim: int, *, dtype, device):
-        shape = (batch, max_len, n_kv_heads, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+    def __init__(self, heads: list[tuple[int, int]], batch: int, max_len: int, *, dtype, device):
+        knobs = {"dtype": dtype, "device": device}
+        self.k, self.v = ([torch.zeros(batch, max_len, *each, **knobs) for each in heads] for _ in range(2))
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.used = 0  # no row is longer: known to the host without asking the device
 
@@ -77,6 +79,13 @@ class AttendContext(NamedTuple):
     q_raw: Tensor | None = None  # (B, T, H, D), before the rotation
     k_raw: Tensor | None = None  # (B, T, Hkv, D), before the rotation
     layer: int = 0
+    scale: float | None = None  # of the scores; None: 1/sqrt(D) of q
+    projections: tuple[nn.Module, nn.Module] | None = None  # the layer's k_proj and v_proj
+    prompt_k: Tensor | None = None  # (P, Hkv, D) or (B, P, Hkv, D): attended to by a second, gated softmax
+    prompt_v: Tensor | None = None
+    prompt_gate: Tensor | None = None  # (H,), as it multiplies
+    features: Tensor | None = None  # (B, Nv, Dv) of a frozen encoder, as the call was given them
+    visual: Tensor | None = None  # what the model's visual socket made of them
 
 
 class CausalAttention(nn.Module):
@@ -84,11 +93,15 @@ class CausalAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: AttendContext) -> Tensor:
         cache, layer = ctx.cache, ctx.layer
+        prompts = {"prompt_k": ctx.prompt_k, "prompt_v": ctx.prompt_v, "prompt_gate": ctx.prompt_gate}
         if cache is not None:
             cache.append(layer, k, v)
             if cache.used > q.shape[1]:  # older tokens stand in the cache
-                return ops.attention_decode(q, cache.k[layer], cache.v[layer], lengths=cache.lengths)
-        return ops.attention(q, k, v, mask=ctx.mask, cu_seqlens_q=ctx.cu_seqlens, cu_seqlens_k=ctx.cu_seqlens)
+                return ops.attention_decode(
+                    q, cache.k[layer], cache.v[layer], lengths=cache.lengths, scale=ctx.scale, **prompts
+                )
+        packed = {"cu_seqlens_q": ctx.cu_seqlens, "cu_seqlens_k": ctx.cu_seqlens}
+        return ops.attention(q, k, v, mask=ctx.mask, scale=ctx.scale, **packed, **prompts)
 
 
 class Attention(nn.Module):
@@ -98,10 +111,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, heads, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_heads, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_heads, bias=False)
-        self.o_proj = nn.Linear(heads, config.dim, bias=False)
+        self.q_proj = nn.Linear(config.dim, heads, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.dim, kv_heads, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.dim, kv_heads, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads, config.dim, bias=config.attention_bias)
         self.attend = CausalAttention()
 
     def forward(self, x: Tensor, ctx: AttendContext) -> Tensor:
@@ -110,7 +123,7 @@ class Attention(nn.Module):
             project(x).view(B, T, -1, self.config.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = ops.rope(q_raw, k_raw, ctx.cos, ctx.sin, layout=self.config.rope_layout)
-        ctx = ctx._replace(q_raw=q_raw, k_raw=k_raw, layer=self.layer)
+        ctx = ctx._replace(q_raw=q_raw, k_raw=k_raw, layer=self.layer, projections=(self.k_proj, self.v_proj))
         return self.o_proj(self.attend(q, k, v, x, ctx).reshape(B, T, -1))
 
 
@@ -119,9 +132,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -161,6 +174,8 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_module("visual", None)
+        self.register_parameter("prefix", None)
         self.reset_parameters()
         self.tie_weights()
 
@@ -170,6 +185,8 @@ class Llama(nn.Module):
             if type(module) in (nn.Linear, nn.Embedding):
                 deep = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if deep else 0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
 
     def tie_weights(self) -> None:
         """Makes lm_head and the embedding one parameter where the configuration says so."""
@@ -200,11 +217,16 @@ class Llama(nn.Module):
         save_pretrained(self, path)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have."""
+        """An empty cache for `batch` rows of at most `max_len` tokens, in the dtype that keys will have.
+
+        It has room for the virtual tokens of a prefix too.
+        """
         c, like = self.config, self.embed_tokens.weight
         cast = torch.is_autocast_enabled(like.device.type)
         dtype = torch.get_autocast_dtype(like.device.type) if cast else like.dtype
-        return KVCache(c.n_layers, batch, max_len, c.n_kv_heads, c.head_dim, dtype=dtype, device=like.device)
+        max_len += 0 if self.prefix is None else self.prefix.shape[0]
+        heads = [kept_heads(layer.self_attn.attend, c) for layer in self.layers]
+        return KVCache(heads, batch, max_len, dtype=dtype, device=like.device)
 
     def forward(
         self,
@@ -215,27 +237,40 @@ class Llama(nn.Module):
         positions: Tensor | None = None,  # (T,) or (B, T)
         cu_seqlens: Tensor | None = None,  # int32 (n + 1,)
         mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, S)
+        features: Tensor | None = None,  # (B, Nv, Dv)
     ) -> Tensor:  # (B, T, V)
         """Logits. With a cache the tokens continue what it holds and are added to it, and no gradient is recorded.
 
         `lengths` says how many of the T tokens of each row are real, the rest being padding on the right.
         Without `positions` they count from the start of each row, or of each packed sequence of `cu_seqlens` (B = 1).
-        ValueError where shapes disagree, the cache is full, or a cache meets `cu_seqlens` or `mask`.
+        `features` are those of a frozen encoder for each row, for a method that takes them; with a cache they are given
+        at every call. ValueError where shapes disagree, the cache is full, a cache meets `cu_seqlens` or `mask`, or
+        features meet `cu_seqlens`.
         """
+        knobs = {"lengths": lengths, "positions": positions, "cu_seqlens": cu_seqlens, "mask": mask}
         with recorded(cache):
-            h = self.hidden(tokens, cache=cache, lengths=lengths, positions=positions, cu_seqlens=cu_seqlens, mask=mask)
-            return self.lm_head(h)
+            return self.lm_head(self.hidden(tokens, cache=cache, features=features, **knobs))
 
-    def hidden(self, tokens, *, cache=None, lengths=None, positions=None, cu_seqlens=None, mask=None) -> Tensor:
+    def hidden(
+        self, tokens, *, cache=None, lengths=None, positions=None, cu_seqlens=None, mask=None, features=None
+    ) -> Tensor:
         """What `lm_head` sees, (B, T, C): the same arguments as `forward`."""
-        check_call(tokens, cache, positions, cu_seqlens, mask)
+        check_call(tokens, cache, positions, cu_seqlens, mask, features)
         T = tokens.shape[1]
+        x, delta, laid = self.embed_tokens(tokens), None, None
+        started, P = cache is not None and cache.used > 0, 0 if self.prefix is None else self.prefix.shape[0]
         if positions is None:
             positions = default_positions(T, cache, cu_seqlens, tokens.device)
+        elif started:
+            positions = positions + P
+        if P and not started:
+            laid = lay(self.prefix, x, positions, cu_seqlens, mask)
+            x, positions, cu_seqlens, mask = laid[:4]
         cos, sin = cos_sin(self.config, positions)
-        ctx = AttendContext(cache=cache, positions=positions, cu_seqlens=cu_seqlens, mask=mask, cos=cos, sin=sin)
-        with recorded(cache), nullcontext() if cache is None else cache.growing(T):
-            x, delta = self.embed_tokens(tokens), None
+        visual = None if features is None or self.visual is None else self.visual(features)
+        where = {"cache": cache, "positions": positions, "cu_seqlens": cu_seqlens, "mask": mask, "cos": cos, "sin": sin}
+        ctx = AttendContext(**where, features=features, visual=visual)
+        with recorded(cache), nullcontext() if cache is None else cache.growing(x.shape[1]):
             for layer in self.layers:
                 if self.checkpoint_activations and torch.is_grad_enabled():
                     x, delta = checkpoint(layer, x, delta, ctx, use_reentrant=False)
@@ -243,16 +278,29 @@ class Llama(nn.Module):
                     x, delta = layer(x, delta, ctx)
             if cache is not None and lengths is not None:
                 cache.lengths += lengths.to(torch.int32) - T  # the padding is overwritten by the next tokens
-            return self.norm(x) if delta is None else self.norm(delta, residual=x)[0]
+            h = self.norm(x) if delta is None else self.norm(delta, residual=x)[0]
+            return h if laid is None else laid.drop(h, P)
 
-    def loss(self, tokens, labels, *, positions=None, cu_seqlens=None, reduction="mean") -> Tensor:
-        """Cross-entropy of the next token: labels[b, t] is the target at position t, -100 is ignored. float32."""
-        h = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens)
+    def loss(self, tokens, labels, *, positions=None, cu_seqlens=None, features=None, reduction="mean") -> Tensor:
+        """Cross-entropy of the next token: labels[b, t] is the target at position t, -100 is ignored. float32.
+
+        features (B, Nv, Dv): see `forward`.
+        """
+        h = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens, features=features)
         if type(self.lm_head) is nn.Linear:
             loss = ops.linear_cross_entropy(h, self.lm_head.weight, labels, reduction=reduction)
         else:
             loss = F.cross_entropy(self.lm_head(h).flatten(0, 1).float(), labels.flatten(), reduction=reduction)
         return loss.view_as(labels) if reduction == "none" else loss
+
+
+def kept_heads(attend: nn.Module | None, config: LlamaConfig) -> tuple[int, int]:
+    """Heads and head_dim of the keys that this attend module leaves in a cache: those of the outermost that says so."""
+    while attend is not None:
+        if hasattr(attend, "kept_heads"):
+            return attend.kept_heads()
+        attend = getattr(attend, "base", None)
+    return config.n_kv_heads, config.head_dim
 
 
 def recorded(cache: KVCache | None):
@@ -271,7 +319,7 @@ def default_positions(T: int, cache: KVCache | None, cu_seqlens: Tensor | None, 
     return t
 
 
-def check_call(tokens, cache, positions, cu_seqlens, mask) -> None:
+def check_call(tokens, cache, positions, cu_seqlens, mask, features) -> None:
     """What the ops cannot say better themselves."""
     if tokens.dim() != 2:
         raise ValueError(f"model: tokens must have shape (B, T), got {list(tokens.shape)}")
@@ -284,3 +332,7 @@ def check_call(tokens, cache, positions, cu_seqlens, mask) -> None:
         raise ValueError("model: cu_seqlens and mask must be None with a cache")
     if cache is not None and cache.lengths.shape[0] != B:
         raise ValueError(f"model: cache must have batch {B}, got {cache.lengths.shape[0]}")
+    if features is not None and (features.dim() != 3 or features.shape[0] != B):
+        raise ValueError(f"model: features must have shape ({B}, Nv, Dv), got {list(features.shape)}")
+    if features is not None and cu_seqlens is not None:
+        raise ValueError("model: cu_seqlens must be None with features, which belong to rows")

@@ -229,14 +229,19 @@ class LoRALinear(nn.Module):
         self.magnitude = nn.Parameter(self.row_norms()) if dora else None
 
     def forward(self, x: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        if self.magnitude is None:
-            seed = torch.randint(2**62, (1,), device=x.device) if dropout else None
-            return self._adapted(x, self.merged_bias(), dropout=dropout, seed=seed)
-        c = self.magnitude / self._kept_norms()
-        if not dropout:
-            return self._adapted(x, self.base.bias, out_scale=c)
-        return self._dropped(x, c, dropout)
+        if self.magnitude is not None and self.dropout and self.training:
+            return self._dropped(x, self.magnitude / self._kept_norms(), self.dropout)
+        return self.scaled(x, self.merged_bias())
+
+    def scaled(self, x: Tensor, bias: Tensor | None, *, in_scale=None, out_scale=None) -> Tensor:
+        """out_scale ⊙ c ⊙ (x̂ Wᵀ + s·drop(x̂) Aᵀ Bᵀ) + bias, x̂ = in_scale ⊙ x; DoRA in training without dropout only."""
+        knobs = {"in_scale": in_scale, "out_scale": out_scale}
+        if self.magnitude is not None:
+            c = self.magnitude / self._kept_norms()
+            knobs["out_scale"] = c if out_scale is None else c * out_scale
+        elif self.dropout and self.training:
+            knobs |= {"dropout": self.dropout, "seed": torch.randint(2**62, (1,), device=x.device)}
+        return self._adapted(x, bias, **knobs)
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:

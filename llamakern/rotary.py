@@ -40,3 +40,9 @@ def interleaved_to_half(weight: Tensor, n_heads: int) -> Tensor:
     """Reorders the rows of a q or k projection (n_heads·D, ...) from pairs (2i, 2i + 1) to pairs (i, i + D/2)."""
     D = weight.shape[0] // n_heads
     return weight.view(n_heads, D // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def half_to_interleaved(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of `interleaved_to_half`."""
+    D = weight.shape[0] // n_heads
+    return weight.view(n_heads, 2, D // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)

@@ -13,17 +13,26 @@ import yaml
 def build(kind: type, file: str | Path | None, words: Iterable[str]):
     """A `kind` from its defaults, then the YAML file, then `key=value` words, each overriding what came before.
 
+    Where the kind has a field `options`, a dict of dicts, the word `a.b=c` sets options["a"]["b"], and so does an
+    unknown key of the file that holds keys itself.
     ValueError for an unknown key (it suggests the nearest) and for a value of the wrong type.
     """
-    values = {}
-    if file is not None:
-        values |= read_yaml(file)
+    values = {} if file is None else read_yaml(file)
+    nested = "options" in names(kind)
+    if nested:
+        options = {key: dict(value) for key, value in (values.pop("options", None) or {}).items()}
+        for key in [key for key, value in values.items() if isinstance(value, dict) and key not in names(kind)]:
+            options.setdefault(str(key), {}).update(values.pop(key))
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"settings: an argument must be key=value, got {word!r}")
-        values[key.strip().replace("-", "_")] = value
-    return make(kind, values)
+        group, dot, key = key.strip().replace("-", "_").rpartition(".")
+        if dot and nested:
+            options.setdefault(group, {})[key] = value
+        else:
+            values[f"{group}{dot}{key}"] = value
+    return make(kind, values | ({"options": options} if nested else {}))
 
 
 def make(kind: type, values: Mapping[str, object]):
@@ -58,9 +67,14 @@ def convert(key: str, value: object, kind: object):
     options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if type(None) in options and str(value).lower() in ("none", "null", ""):
         return None
-    (kind,) = (option for option in options if option is not type(None))
+    kind = [option for option in options if option is not type(None)][-1]  # a tuple of names rather than one
     base = typing.get_origin(kind) or kind
     try:
+        if base is tuple:
+            return tuple(convert(key, item, typing.get_args(kind)[0]) for item in to_items(value))
+        if base is dict:
+            _, inner = typing.get_args(kind) or (str, None)
+            return {str(k): v if inner is None else convert(key, v, inner) for k, v in to_mapping(value).items()}
         return CONVERT[base](value)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise ValueError(f"settings: {key} must be {base.__name__}, got {value!r}") from None
@@ -82,17 +96,17 @@ def to_str(value: object) -> str:
     return str(value)
 
 
-def to_names(value: object) -> tuple[str, ...]:
-    return tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else tuple(map(to_str, value))
+def to_items(value: object) -> list:
+    return [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
 
 
-def to_mapping(value: object) -> dict[str, str]:
+def to_mapping(value: object) -> dict:
     if isinstance(value, Mapping):
-        return {str(k): to_str(v) for k, v in value.items()}
+        return dict(value)
     return {k.strip(): v.strip() for k, v in (pair.split("=") for pair in value.split(",") if pair)}
 
 
-CONVERT = {bool: to_bool, int: to_int, float: float, str: to_str, tuple: to_names, dict: to_mapping}
+CONVERT = {bool: to_bool, int: to_int, float: float, str: to_str}
 
 
 def names(kind: type) -> list[str]:

@@ -193,9 +193,9 @@ class Trainer:
     def loss(self, batch: Batch) -> torch.Tensor:
         """Sum over the batch's trained tokens."""
         batch = batch.to(self.device)
-        return self.parallel(
-            batch.tokens, batch.labels, positions=batch.positions, cu_seqlens=batch.cu_seqlens, reduction="sum"
-        )
+        where = {"positions": batch.positions, "cu_seqlens": batch.cu_seqlens}
+        knobs = where if batch.features is None else where | {"features": batch.features}
+        return self.parallel(batch.tokens, batch.labels, **knobs, reduction="sum")
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
@@ -346,8 +346,10 @@ class Trainer:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """Hash of the tokens and masks."""
+    """Hash of the tokens, masks and features."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((example.tokens, example.trained)).encode())
+        if example.features is not None:
+            digest.update(example.features.float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -359,7 +359,6 @@ starts = torch.tensor([0, 3], dtype=torch.int32)
         ),
         ({"k": Z(2, 3, 2, 8).bfloat16()}, TypeError, "attention: k must be float32 like q, got bfloat16"),
         ({"v": Z(2, 3, 2, 8).double()}, TypeError, "attention: v must be float32 like q, got float64"),
-        ({"prompt_k": Z(5, 2, 8)}, NotImplementedError, "attention: prompt_k is not built yet"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )

@@ -31,6 +31,17 @@ def test_decode(T, H, Hkv, D, rule, dtype, isa):
     assert_as_good_as("y", ours, eager, truth, floor=2e-6)
 
 
+@pytest.mark.parametrize(("G", "D"), [(1, 48), (2, 64), (3, 48), (4, 64), (5, 48), (8, 64)])
+def test_decode_at_the_edges_of_steps_and_ranges(G, D, dtype, isa):
+    """Keys come eight at a time in ranges of multiples of 64, query rows up to four at a time."""
+    lengths = torch.tensor([7, 8, 9, 63, 64, 65, 127, 128, 129, 513], dtype=torch.int32)
+    q = torch.randn(10, 1, 2 * G, D).to(dtype)
+    k, v = make_cache(10, 513, 2, D, dtype)
+    truth = attention_decode_reference(q.double(), k.double(), v.double(), lengths=lengths)
+    eager = attention_decode_reference(q, k, v, lengths=lengths)
+    assert_as_good_as("y", ops.attention_decode(q, k, v, lengths=lengths), eager, truth, floor=2e-6)
+
+
 @pytest.mark.parametrize("T", [1, 20])
 def test_decode_reads_nothing_beyond_its_length(T, dtype, isa):
     lengths = torch.tensor([35, 7], dtype=torch.int32)

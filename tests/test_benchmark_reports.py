@@ -130,14 +130,25 @@ def report(monkeypatch):
 def test_targets_are_judged_by_the_files(report, tmp_path):
     table.write_table(tmp_path / "nf4.json", made_table())
     Target = report.Target
-    assert "| 49% | 50% | met |" in report.judge(tmp_path, Target("nf4", "one", "share", 0.49))
-    assert "| 51% | 50% | **missed** |" in report.judge(tmp_path, Target("nf4", "one", "share", 0.51))
-    assert "| 2.00 | 2.00 | met |" in report.judge(tmp_path, Target("nf4", "one", "times", 2.0, ("theirs", "none")))
+    assert "| at least 49% | 50% | met |" in report.judge(tmp_path, Target("nf4", "one", "share", 0.49))
+    assert "| at least 51% | 50% | **missed** |" in report.judge(tmp_path, Target("nf4", "one", "share", 0.51))
+    assert "| at least 2.00 | 2.00 | met |" in report.judge(
+        tmp_path, Target("nf4", "one", "times", 2.0, ("theirs", "none"))
+    )
     assert "not measured" in report.judge(tmp_path, Target("nf4", "one", "times", 2.0, ("none",)))
     assert "not measured" in report.judge(tmp_path, Target("nf4", "two", "share", 0.1))
     assert "not measured" in report.judge(tmp_path, Target("lora", "one", "share", 0.1))
     runs = {"ours": {"memory_mb": 100.0}, "theirs": {"memory_mb": 250.0}, "other": {"memory_mb": 220.0}}
     assert report.reached({"runs": runs}, Target("train", "one", "memory", 2.0, ("theirs", "other"))) == 2.2
+
+
+def test_a_bound_from_above_is_missed_above_it(report, tmp_path):
+    one = made_table()
+    one["rows"][0]["runs"] = {"ours": {"memory_mb": 2000.0}}
+    table.write_table(tmp_path / "nf4.json", one)
+    for bound, verdict in ((2000, "met"), (1999, "**missed**")):
+        line = report.judge(tmp_path, report.Target("nf4", "one", "memory_mb", bound))
+        assert line.endswith(f"| at most {bound:,} MiB | 2,000 MiB | {verdict} |")
 
 
 def test_targets_name_rows_that_the_cases_make(report):

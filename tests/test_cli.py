@@ -217,7 +217,7 @@ def test_info(capsys):
         (["finetune", "rank=four"], "settings: rank must be int, got 'four'"),
         (["finetune", "none.yaml"], "settings: config must be a YAML file, got none.yaml"),
         (["finetune", "data=x"], "finetune: base must be given, as base=... or --base ..."),
-        (["finetune", "base=a", "data=b", "method=magic"], r"method must be one of ['lora', 'qlora'], got 'magic'"),
+        (["finetune", "base=a", "data=b", "method=magic"], "or file.py:Class, got 'magic'"),
         (["finetune", "base=/nowhere/at/all", "data=b"], "/nowhere/at/all"),
         (["merge", "/nowhere", "a", "b"], "/nowhere"),
     ],

@@ -82,7 +82,7 @@ def test_defaults():
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "config: model_type must be 'llama', got 'gpt2'"),
-        ({"attention_bias": True}, "config: attention_bias must be False, got True"),
+        ({"attention_bias": 1}, "config: attention_bias must be true or false, got 1"),
         ({"hidden_act": "gelu"}, "config: hidden_act must be 'silu', got 'gelu'"),
         ({"rope_scaling": {"type": "yarn"}}, "config: rope_type must be 'default' or 'llama3', got 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "config: rope_scaling must hold factor, low_freq_factor"),

@@ -101,8 +101,8 @@ PUBLIC = {
     ),
     "llamakern.nn": ("LoRALinear", "NF4Linear", "RMSNorm"),
     "llamakern.peft": (
-        "LoRAConfig", "activate", "active", "adapters", "apply", "count_trainable", "load", "merge", "merge_report",
-        "remove", "save",
+        "LoRAConfig", "Method.attach", "Parts", "activate", "active", "adapters", "apply", "count_trainable",
+        "find_method", "load", "merge", "merge_report", "register", "remove", "save",
     ),
 }  # fmt: skip
 

@@ -246,7 +246,8 @@ def test_tensors_that_do_not_fit_are_named_and_leave_the_model_alone(saved):
             '{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4, "lora_alpha": 1, "rank_pattern": [3]}',
             r"peft: rank_pattern must be dict in adapter_config.json, got \[3\]",
         ),
-        ('{"peft_type": "ADAPTION_PROMPT"}', "peft: peft_type must be LORA, got 'ADAPTION_PROMPT'"),
+        ('{"peft_type": "IA3"}', r"peft: peft_type must be one of \['LORA', .*'LLAMAKERN'\], got 'IA3'"),
+        ('{"peft_type": "LLAMAKERN", "method": "other"}', r"peft: method must be one of \['lora', .*, got 'other'"),
     ],
 )
 def test_a_damaged_adapter_config_says_so(saved, text, message):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from llamakern import Llama, LlamaConfig, peft
 from llamakern.nn import LoRALinear, NF4Linear, quantize_
 from llamakern.peft import LoRAConfig
-from llamakern.peft.settings import FIELDS, from_peft, to_peft
+from llamakern.peft.settings import FIELDS, to_peft
 
 TINY = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=41)
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -91,7 +91,7 @@ def go_round(theirs, tmp_path, settings, ours, other):
     read = theirs.PeftModel.from_pretrained(other(), tmp_path / "ours").eval()
     torch.testing.assert_close(logits(read), logits(made), rtol=1e-4, atol=1e-5)
 
-    asked = {key: value for key, value in to_peft(config(settings), "base").items() if key in FIELDS}
+    asked = {key: value for key, value in to_peft(config(settings)).items() if key in FIELDS}
     written = wake(theirs.get_peft_model(other(), theirs.LoraConfig(task_type="CAUSAL_LM", **asked)))
     written.save_pretrained(tmp_path / "theirs")
     loaded = peft.load(ours(), tmp_path / "theirs").eval()
@@ -166,7 +166,7 @@ def test_the_fixtures_load_for_ever(tmp_path, name):
 @pytest.mark.parametrize("settings", [*PLAIN.values(), *BIASED.values()], ids=[*PLAIN, *BIASED])
 def test_settings_come_back(settings):
     made = config(settings)
-    again = from_peft(json.loads(json.dumps(to_peft(made, "base"))))
+    again = LoRAConfig.read(json.loads(json.dumps(to_peft(made))))
     for names in ("targets", "exclude"):
         if isinstance(getattr(made, names), tuple):
             setattr(made, names, tuple(sorted(getattr(made, names))))  # a set in PEFT
@@ -174,9 +174,9 @@ def test_settings_come_back(settings):
 
 
 def test_one_layer_may_stand_without_a_list():
-    settings = to_peft(config({}), "") | {"layers_to_transform": 0}
-    assert from_peft(settings).layers == (0,)
-    assert from_peft(settings | {"layers_to_transform": []}).layers is None
+    settings = to_peft(config({})) | {"layers_to_transform": 0}
+    assert LoRAConfig.read(settings).layers == (0,)
+    assert LoRAConfig.read(settings | {"layers_to_transform": []}).layers is None
 
 
 def test_nothing_changes_unless_all_fits(base, tmp_path):

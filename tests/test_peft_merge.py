@@ -196,11 +196,11 @@ def with_others():
 @pytest.mark.parametrize(
     ("make", "to", "message"),
     [
-        (lambda: Llama(TINY), None, "merge: model must carry LoRA that is active, got none"),
+        (lambda: Llama(TINY), None, "merge: model must carry an adapter that is active, got none"),
         (
             lambda: peft.activate(adapted("dense", "lora"), None),
             None,
-            r"merge: model must carry LoRA that is active, got only \['default'\]",
+            r"merge: model must carry an adapter that is active, got only \['default'\]",
         ),
         (with_others, None, r"merge: model must carry one adapter, got \['default'\] beside it"),
         (
@@ -291,4 +291,4 @@ def test_a_merged_folder_answers_as_the_adapter_did(tiny, run, tmp_path, capsys)
 def test_double_quant_goes_with_qlora(tiny, capsys):
     words = ["finetune", "--base", str(tiny / "base"), "--data", str(tiny / "tasks.jsonl"), "double_quant=true"]
     assert main(words) == 1
-    assert "finetune: method must be qlora with double_quant, got 'lora'" in capsys.readouterr().err
+    assert "finetune: double_quant must go with qlora or quantize=nf4, got method 'lora'" in capsys.readouterr().err

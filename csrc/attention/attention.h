@@ -7,7 +7,17 @@
 //
 // A query that may see no key gives y = 0, lse = -inf and gradient 0.
 //
-// Shapes: B batch, T query tokens, S key tokens, H query heads, Hkv key/value heads, D head_dim.
+// LLaMA-Adapter's prompts (arXiv 2303.16199, eq. 6 to 8) add a softmax of their own, without a mask, to what words
+// give:
+//
+//   a_tp = softmax_p(scale·⟨q_t, pk_p⟩)     y_t += g Σ_p a_tp pv_p        g of the query head, as it is
+//
+//   da_tp = ⟨dy_t, pv_p⟩    o_t = Σ_p a_tp da_tp    ds_tp = g a_tp (da_tp - o_t)    dg = Σ_t o_t
+//   dq_t += scale·Σ_p ds_tp pk_p            dpk_p = scale·Σ_t ds_tp q_t              dpv_p = Σ_t g a_tp dy_t
+//
+// and delta_t is of the words' part of y: less g o_t. A query that sees no word keeps its prompts.
+//
+// Shapes: B batch, T query tokens, S key tokens, H query heads, Hkv key/value heads, D head_dim, P prompt length.
 // G = H / Hkv query heads share a key/value head: query head h reads head h / G.
 #pragma once
 #include <cmath>
@@ -67,6 +77,13 @@ struct Mask {
   int64_t batch, head, token, key;
 };
 
+template <typename T>
+struct Prompts {
+  Heads<const T> k, v;  // [B, P, Hkv, D]; a batch stride of 0 where all rows share them
+  const float* gate;    // [H], or null: there are no prompts
+  int64_t P, B;         // B: the rows of the batch that have prompts of their own, 1 where they share them
+};
+
 // Where one sequence lies: batch row, first token and count of queries and of keys.
 struct Sequence {
   int64_t b, q_begin, T, k_begin, S;
@@ -86,6 +103,7 @@ struct Attended {
   float scale;
   int64_t sequences;  // B where they are not packed
   int64_t T_, S, H, Hkv, D;
+  Prompts<T> prompts = {};
 
   LK_HD int64_t G() const { return H / Hkv; }
   LK_HD Sequence sequence(int64_t n) const {
@@ -107,6 +125,8 @@ struct AttentionBackward {
   Heads<const T> y, dy;     // [B, T, H, D]
   const float *lse, *dlse;  // [B, H, T]; dlse may be null
   Attended<T> in;
+  Heads<T> dprompt_k = {}, dprompt_v = {};  // out, shapes of in.prompts: [in.prompts.B, P, Hkv, D]
+  float* dprompt_gate = nullptr;            // [H]  out
 };
 
 // Writes k and v to the last T places of each row's first lengths[b].

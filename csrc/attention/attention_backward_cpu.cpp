@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "../common/parallel.h"
-#include "band.h"
+#include "prompt.h"
 
 namespace llamakern::LK_ISA {
 namespace {
@@ -211,9 +211,10 @@ void store_keys(const Heads<T>& x, const Group<T>& group, int64_t j, int64_t n, 
 }
 
 // The bands first, first + step, ... of one group. Their share of dk and dv is left in blocks at sums, unless it is all
-// there is: then it goes to p.
+// there is: then it goes to p. What prompts receive is left at prompt_sums.
 template <typename T>
-void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t first, int64_t step, float* sums) {
+void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t first, int64_t step, float* sums,
+                   const PackedPrompts<T>& prompts, float* prompt_sums) {
   using W = Words<T>;
   const int64_t D = p.in.D, all = ceil_div(group.rows(), kStrip), bands = ceil_div(all, kBandStrips<W>);
   const int64_t mine = first < bands ? ceil_div(bands - first, step) : 0, size = BandData<W>::size(D);
@@ -231,14 +232,17 @@ void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t
     KeyBlock<T> block(D);
     Weights<W> weights;
     Scratch<float> bias(masked ? kBlock<W> * kStrip : 0), own(step == 1 ? 2 * share : 0);
-    for (int64_t j0 = 0; j0 < group.at.S; j0 += kBlock<W>) {
+    for (int64_t j0 = 0; j0 == 0 || j0 < group.at.S; j0 += kBlock<W>) {
       float *dk = step == 1 ? own.get() : sums + j0 / kBlock<W> * 2 * share, *dv = dk + share;
       memset(dk, 0, size_t(2 * share) * 4);
       block.pack(group, j0);
       for (int64_t n = 0; n < mine; ++n) {
         const bool more = n + 1 < mine, to_pack = j0 == 0;
-        if (to_pack)
+        if (to_pack) {
           for (int64_t i = 0; i < strips_of(n); ++i) pack_queries(band_at(n), int(i), p, group, strips_at(n)[i]);
+          if (p.in.prompts.gate)
+            prompts_backward({prompt_sums, p.in.prompts.P, D}, prompts, group, strips_at(n), strips_of(n), band_at(n));
+        }
         Ahead ahead(p, group, room + (n + 1) * size, more && !to_pack ? size : 0, strips_at(n + 1),
                     more && to_pack ? strips_of(n + 1) : 0);
         band_against_block(p, group, strips_at(n), strips_of(n), band_at(n), block, weights,
@@ -249,7 +253,6 @@ void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t
       store_keys(p.dv, group, j0, block.n, 1.0f, dv, 1, 0);
     }
   }
-  if (group.at.S == 0) memset(room, 0, size_t(mine * size) * 4);
   alignas(64) float scale[kStrip];
   for (float& x : scale) x = p.in.scale;
   for (int64_t n = 0; n < mine; ++n)
@@ -260,21 +263,30 @@ void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t
 template <typename T>
 void attention_backward(const AttentionBackward<T>& p) {
   using W = Words<T>;
+  constexpr int64_t kPromptFloats = int64_t(1) << 24;  // the most that items leave for prompts at once: 64 MB
   const int64_t groups = p.in.sequences * p.in.Hkv, share = kBlock<W> * round_up(p.in.D, kLanes);
   const auto group_at = [&](int64_t n) { return Group<T>{p.in, p.in.sequence(n / p.in.Hkv), n % p.in.Hkv}; };
   const int64_t strips = ceil_div(p.in.T_ * p.in.G(), kStrip);
   const int64_t parts = max64(1, min64(kItems / max64(1, groups), strips / kItemStrips));
+  const PackedPrompts<T> prompts(p.in, Pass::kBackward);
+  const int64_t prompt_size = p.in.prompts.gate ? PromptSums::size(p.in.prompts.P, p.in.D, p.in.G()) : 0;
+  Scratch<float> totals(p.in.prompts.B * p.in.Hkv * prompt_size);
+  memset(totals, 0, size_t(p.in.prompts.B * p.in.Hkv * prompt_size) * 4);
   // Groups at a time: their float sums are the largest memory here.
-  const int64_t wave = parts == 1 ? groups : min64(kItems, groups);
+  const int64_t most = prompt_size ? max64(kItems, kPromptFloats / prompt_size) : groups;
+  const int64_t wave = min64(parts == 1 ? most : kItems, groups);
   for (int64_t first = 0; first < groups; first += wave) {
     const int64_t count = min64(wave, groups - first);
     int64_t longest = 0;
     for (int64_t n = 0; n < count; ++n) longest = max64(longest, group_at(first + n).at.S);
-    const int64_t blocks = ceil_div(longest, kBlock<W>), part_size = blocks * 2 * share;
-    Scratch<float> sums(parts == 1 ? 0 : count * parts * part_size);
+    const int64_t blocks = max64(1, ceil_div(longest, kBlock<W>)), part_size = blocks * 2 * share;
+    Scratch<float> sums(parts == 1 ? 0 : count * parts * part_size), prompt_sums(count * parts * prompt_size);
+    memset(prompt_sums, 0, size_t(count * parts * prompt_size) * 4);
     parallel_for(count * parts, [&](int64_t item) {
-      backward_item(p, group_at(first + item / parts), item % parts, parts, sums + item * part_size);
+      backward_item(p, group_at(first + item / parts), item % parts, parts, sums + item * part_size, prompts,
+                    prompt_sums + item * prompt_size);
     });
+    if (prompt_size) add_prompt_sums(totals, p.in, prompt_sums, first, count, parts);
     if (parts == 1) continue;
     parallel_for(count * blocks, [&](int64_t task) {
       const Group<T> group = group_at(first + task / blocks);
@@ -284,6 +296,7 @@ void attention_backward(const AttentionBackward<T>& p) {
       store_keys(p.dv, group, j0, n, 1.0f, from + share, parts, part_size);
     });
   }
+  if (prompt_size) store_prompt_sums<T>(p, totals);
 }
 
 }  // namespace

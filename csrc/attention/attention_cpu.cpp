@@ -2,7 +2,7 @@
 // of queries through all the keys that it may see, kKeys at a time, with the running maximum and sum of each lane.
 #include "../common/parallel.h"
 #include "few_queries.h"
-#include "strip.h"
+#include "prompt.h"
 #include "tasks.h"
 
 namespace llamakern::LK_ISA {
@@ -131,7 +131,7 @@ struct Packed {
 
 template <typename T>
 void forward_strip(const AttentionForward<T>& p, const Group<T>& group, const Strip& strip, const Strip* next,
-                   const Packed& packed) {
+                   const Packed& packed, const PackedPrompts<T>& prompts) {
   using W = Words<T>;
   constexpr int64_t kKeys = 2 * kPanel * W::kPer;
   const int64_t D = p.in.D, words = ceil_div(D, W::kPer), key_words = ceil_div(group.at.S, W::kPer);
@@ -174,11 +174,13 @@ void forward_strip(const AttentionForward<T>& p, const Group<T>& group, const St
     fresh = false;
   }
   if (fresh) memset(o, 0, size_t(D * kStrip) * 4);
-  alignas(64) float lse[kStrip];
-  float* inverse = softmax.rescale;
+  alignas(64) float lse[kStrip], divisor[kStrip];
+  memcpy(divisor, softmax.divisor(), sizeof divisor);
+  if (p.in.prompts.gate) add_prompts(o, divisor, q, prompts, group, strip);
+  float* inverse = divisor;
   for (int i = 0; i < kStrip; i += kLanes) {
-    const Vec divisor = load(softmax.divisor() + i);
-    store(inverse + i, where(divisor == Vec{}, Vec{}, 1.0f / divisor));
+    const Vec by = load(divisor + i);
+    store(inverse + i, where(by == Vec{}, Vec{}, 1.0f / by));
     store(lse + i, kLn2 * (load(softmax.m + i) + log2(load(softmax.l.exact + i))));
   }
   for (int lane = 0; lane < strip.lanes; ++lane) p.lse[strip.lse_index(group, lane)] = lse[lane];
@@ -196,6 +198,7 @@ void attention_forward(const AttentionForward<T>& p) {
   const auto group_at = [&](int64_t n) { return Group<T>{p.in, p.in.sequence(n / p.in.Hkv), n % p.in.Hkv}; };
   const auto k_size = [&](int64_t S) { return round_up(S, kTileRows) * row_words<W>(D); };
   const auto v_size = [&](int64_t S) { return pair_panels_size(D, ceil_div(S, W::kPer)); };
+  const PackedPrompts<T> prompts(p.in, Pass::kForward);
 
   for (int64_t first = 0; first < groups;) {
     int64_t last = first, size = 0;
@@ -236,7 +239,7 @@ void attention_forward(const AttentionForward<T>& p) {
       Strip strip(group, run * kRun * kStrip), next = strip;
       for (int64_t i = run * kRun; i < end; ++i, strip = next) {
         if (i + 1 < end) next = Strip(group, (i + 1) * kStrip);
-        forward_strip(p, group, strip, i + 1 < end ? &next : nullptr, packed[n]);
+        forward_strip(p, group, strip, i + 1 < end ? &next : nullptr, packed[n], prompts);
       }
     });
     first = last;

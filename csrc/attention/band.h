@@ -119,6 +119,7 @@ struct KeyBlock {
   void pack(const Group<T>& group, int64_t j0) {
     begin = j0;
     n = min64(kBlock<W>, group.at.S - j0);
+    if (n == 0) return;
     int64_t ld;
     const T* keys = group.key_rows(group.in.k, j0, n, nullptr, ld);
     fetch_rows(keys, ld, n, group.in.D);

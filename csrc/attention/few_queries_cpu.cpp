@@ -68,10 +68,12 @@ class Ahead {
  public:
   explicit Ahead(const Range<T>& range) : range_(range), x_(&range.in.k), rows_(range.find(*x_, 0)) {
     const int64_t steps = ceil_div(kAheadBytes, kStepKeys * range.in.D * int64_t(sizeof(T)));
-    for (int64_t i = 0; i < steps; ++i)
+    for (int64_t i = 0; i < steps; ++i) {
+      const int64_t token = x_->token;
       if (const T* row = next())
-        for (int64_t key = 0; key < kStepKeys; ++key, row += range.in.k.token)
+        for (int64_t key = 0; key < kStepKeys; ++key, row += token)
           for (int64_t d = 0; d < range.in.D; d += int64_t(64 / sizeof(T))) __builtin_prefetch(row + d);
+    }
   }
   // Where the rows of the next step begin, or null.
   const T* next() {
@@ -168,15 +170,16 @@ void attend_range(const AttentionForward<T>& p, const Sequence& sequence, int64_
   });
 }
 
-// y = Σ_parts 2^(m - max m) o  /  Σ_parts 2^(m - max m) l
+// y = Σ_parts 2^(m - max m) o  /  Σ_parts 2^(m - max m) l, and g o / l of the prompts' part, the last one
 template <typename T>
 void join_parts(const AttentionForward<T>& p, const Group<T>& group, const Parts& parts) {
   using C = Chunk<T>;
-  const int64_t D = p.in.D, ranges = parts.ranges, lanes = parts.lanes;
+  const int64_t D = p.in.D, lanes = parts.lanes, ranges = parts.ranges - bool(p.in.prompts.gate);
   Scratch<float> factor(round_up(ranges, kLanes));
   alignas(64) float o[kMaxHeadDim];
   for (int64_t r = 0; r < parts.rows; ++r) {
-    const float *m = parts.m + r * ranges, *l = parts.l + r * ranges;
+    const float *m = parts.m + r * parts.ranges, *l = parts.l + r * parts.ranges;
+    const float gate = p.in.prompts.gate ? p.in.prompts.gate[group.head(r)] : 0.0f;
     float top = -INFINITY, total = 0.0f;
     for (int64_t i = 0; i < ranges; ++i) top = m[i] > top ? m[i] : top;
     for_vectors(ranges, [&](int64_t i, auto there) { store(factor + i, exp2(load(m + i, there) - top), there); });
@@ -187,7 +190,14 @@ void join_parts(const AttentionForward<T>& p, const Group<T>& group, const Parts
       const float* part = parts.o + (i * parts.rows + r) * lanes;
       for (int64_t d = 0; d < lanes; d += kLanes) store(o + d, fma(broadcast(factor[i]), load(part + d), load(o + d)));
     }
-    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    p.lse[group.lse_index(r)] = kLn2 * (top + std::log2(total));
+    if (total == 0.0f) total = 1.0f;
+    if (gate != 0.0f) {
+      const float* prompts = parts.o + (ranges * parts.rows + r) * lanes;
+      const Vec weight = broadcast(gate * total / l[ranges]);
+      for (int64_t d = 0; d < lanes; d += kLanes) store(o + d, fma(weight, load(prompts + d), load(o + d)));
+    }
+    const float inverse = 1.0f / total;
     T* y = group.row_of(p.y, r);
     for (int64_t d = 0; d < D; d += C::kSize) {
       Vec x[C::kValueVecs];
@@ -195,8 +205,19 @@ void join_parts(const AttentionForward<T>& p, const Group<T>& group, const Parts
       C::straighten(x);
       for (int i = 0; i < C::kValueVecs; ++i) store(y + d + i * kLanes, x[i], lanes_left(D - d - i * kLanes));
     }
-    p.lse[group.lse_index(r)] = kLn2 * (top + std::log2(total));
   }
+}
+
+// The same queries over their prompts alone, as keys without a mask.
+template <typename T>
+AttentionForward<T> over_prompts(const AttentionForward<T>& p) {
+  AttentionForward<T> only = p;
+  only.in.k = p.in.prompts.k;
+  only.in.v = p.in.prompts.v;
+  only.in.block_table = nullptr;
+  only.in.mask.kind = Mask::kNone;
+  only.in.sight = {};
+  return only;
 }
 
 // Whether a query of the sequence may see a key of [j0, j0 + n).
@@ -219,9 +240,10 @@ bool seen_by_some(const Attended<T>& in, const Sequence& sequence, int64_t j0, i
 template <typename T>
 void few_queries(const AttentionForward<T>& p) {
   const int64_t Hkv = p.in.Hkv, N = p.in.sequences, lanes = round_up(p.in.D, Chunk<T>::kSize);
-  const auto ranges_of = [&](int64_t n) {
+  const bool prompted = p.in.prompts.gate;
+  const auto ranges_of = [&](int64_t n) {  // of keys, and one for the prompts
     const int64_t S = p.in.sequence(n).S;
-    return ceil_div(S, range_keys(p.in, S));
+    return ceil_div(S, range_keys(p.in, S)) + prompted;
   };
   const Tasks tasks(N, ranges_of);
   Scratch<int64_t> begins(N + 1);  // of each sequence's parts
@@ -239,6 +261,9 @@ void few_queries(const AttentionForward<T>& p) {
     const int64_t step = range_keys(p.in, sequence.S), j0 = range * step, keys = min64(step, sequence.S - j0);
     Scratch<Parts> parts(Hkv);
     for (int64_t kv = 0; kv < Hkv; ++kv) parts[kv] = parts_of(n, kv);
+    if (prompted && range == parts[0].ranges - 1)
+      return attend_range(over_prompts(p), {sequence.b, sequence.q_begin, sequence.T, 0, p.in.prompts.P}, 0,
+                          p.in.prompts.P, range, parts);
     if (seen_by_some(p.in, sequence, j0, keys)) return attend_range(p, sequence, j0, keys, range, parts);
     for (int64_t kv = 0; kv < Hkv; ++kv)
       for (int64_t r = 0; r < parts[kv].rows; ++r) parts[kv].m[r * parts[kv].ranges + range] = -INFINITY;

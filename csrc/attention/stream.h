@@ -124,7 +124,7 @@ inline __attribute__((always_inline)) void score_keys(float* s, int64_t lds, con
   using W = Words<T>;
   Vec sum[NR][NK] = {};
   const T* key_row = k.at + first * k.ld;
-  const T* next = k.next + first * k.ld;
+  const T* next = kAsk ? k.next + first * k.ld : key_row;
   const int64_t ld = k.ld;
   const auto chunk = [&](int64_t left) __attribute__((always_inline)) {
     IVec key[NK][C::kKeyVecs];
@@ -170,7 +170,7 @@ inline __attribute__((always_inline)) void add_chunks(float* o, int64_t ldo, con
   constexpr int kVecs = CHUNKS * C::kValueVecs;
   Vec acc[NR][kVecs];
   o += d;
-  const T *row = v.at + d, *next = v.next + d;
+  const T *row = v.at + d, *next = kAsk ? v.next + d : row;
   const int64_t ld = v.ld;
 #pragma GCC unroll 8
   for (int r = 0; r < NR; ++r)

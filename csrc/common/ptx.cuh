@@ -1,4 +1,5 @@
-// Every instruction that C++ cannot say, once. Each function has two bodies: the PTX, and what the PTX means.
+// Every instruction that C++ cannot say, once. Each function has two bodies: the PTX, and what the PTX means. Over 400
+// lines, as the one place to look an instruction up; those of sm_90 stand in ptx_hopper.cuh.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@
 
 // LK_LAUNCH(kernel, grid, block, shared_bytes, stream)(arguments);   LK_DYNAMIC_SHARED(Storage, s);  s.tile[...]
 #ifdef __CUDACC__
-#define LK_LAUNCH(kernel, grid, block, shared_bytes, stream) kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>
+#define LK_LAUNCH(kernel, grid, block, shared_bytes, stream) \
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>
 #define LK_DYNAMIC_SHARED(Type, name)                             \
   extern __shared__ __align__(128) unsigned char dynamic_bytes[]; \
   Type& name = *reinterpret_cast<Type*>(dynamic_bytes)
@@ -77,9 +79,24 @@ LK_DEVICE float16 narrow<float16>(float x) {
 #endif
 }
 
-// Two neighbours in one register, the first in the low half.
+// Two neighbours in one register, the first in the low half; narrow2 rounds and packs in one instruction.
 LK_DEVICE uint32_t pack(bfloat16 first, bfloat16 second) { return first.bits | uint32_t(second.bits) << 16; }
 LK_DEVICE uint32_t pack(float16 first, float16 second) { return first.bits | uint32_t(second.bits) << 16; }
+
+template <typename T>
+LK_DEVICE uint32_t narrow2(float first, float second) {
+#ifdef __CUDACC__
+  uint32_t y;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  }
+  return y;
+#else
+  return pack(narrow<T>(first), narrow<T>(second));
+#endif
+}
 
 // narrow() of both, in one register.
 template <typename T>
@@ -94,6 +111,17 @@ LK_DEVICE uint32_t narrow_pair(float first, float second) {
   return pair;
 #else
   return pack(narrow<T>(first), narrow<T>(second));
+#endif
+}
+
+// The nearest float with 10 bits of mantissa, ties away from zero: an operand of mma_tf32.
+LK_DEVICE uint32_t narrow_tf32(float x) {
+#ifdef __CUDACC__
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+#else
+  return x != x ? 0x7fffffff : (__builtin_bit_cast(uint32_t, x) + 0x1000) & ~0x1fffu;
 #endif
 }
 
@@ -139,6 +167,76 @@ LK_DEVICE float exp2_approx(float x) {
   return y;
 #else
   return exp2f(x);
+#endif
+}
+
+// log2(x) to about 2 ulp away from 1; of 0 it is -inf.
+LK_DEVICE float log2_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return log2f(x);
+#endif
+}
+
+// 1 / x to 1 ulp.
+LK_DEVICE float reciprocal_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// a b + c on each of two packed halves, rounded once.
+template <typename T>
+LK_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDACC__
+  uint32_t y;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  }
+  return y;
+#else
+  T y[2];
+  for (int i = 0; i < 2; ++i) {
+    const auto half = [i](uint32_t pair) { return double(widen(T{uint16_t(pair >> 16 * i)})); };
+    const double exact = half(a) * half(b) + half(c);
+    uint32_t bits = __builtin_bit_cast(uint32_t, float(exact));  // made odd where it is not exact: rounded only once
+    if (const double error = exact - as_float(bits); error != 0 && !(bits & 1))
+      bits += (error > 0) == (exact > 0) ? 1 : -1;
+    y[i] = narrow<T>(as_float(bits));
+  }
+  return pack(y[0], y[1]);
+#endif
+}
+// a b on each of two packed halves.
+template <typename T>
+LK_DEVICE uint32_t multiply2(uint32_t a, uint32_t b) {
+  return fma2<T>(a, b, 0x80008000);  // -0 keeps the sign of a zero
+}
+
+// ---- global loads ---------------------------------------------------------------------------------------------------
+
+// 16 bytes that nobody wants again, which no store of this launch touches: past the L1 cache, by the read-only path.
+LK_DEVICE uint4 load_once(const void* from) {
+#ifdef __CUDACC__
+  uint4 y;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+               : "l"(from));
+  return y;
+#else
+  host::read(from, 16);
+  uint4 y;
+  __builtin_memcpy(&y, from, 16);
+  return y;
 #endif
 }
 
@@ -281,6 +379,43 @@ LK_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 #endif
 }
 
+// The same with A 16x8, B 8x8 of tf32 (narrow_tf32). Lane l = 4g + t holds
+//   a[0] (g, t)   a[1] (g+8, t)   a[2] (g, t+4)   a[3] (g+8, t+4)     b[0] (t, g)   b[1] (t+4, g)     c as above
+LK_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  struct Lane {
+    float* c;
+    const uint32_t *a, *b;
+  } mine{c, a, b};
+  host::warp<Lane>("mma_tf32", ~0u, mine, [](Lane* const* lane, unsigned) HOST_UNCHECKED {
+    const auto tf32 = [](uint32_t bits) HOST_UNCHECKED { return as_float(bits & ~0x1fffu); };
+    float A[16][8], B[8][8], C[16][8];
+    for (int l = 0; l < 32; ++l) {
+      const int g = l / 4, t = l % 4;
+      for (int i = 0; i < 4; ++i) {
+        C[g + i / 2 * 8][2 * t + i % 2] = lane[l]->c[i];
+        A[g + i % 2 * 8][t + i / 2 * 4] = tf32(lane[l]->a[i]);
+      }
+      for (int i = 0; i < 2; ++i) B[t + i * 4][g] = tf32(lane[l]->b[i]);
+    }
+    for (int m = 0; m < 16; ++m) {
+      for (int k = 0; k < 8; ++k) {
+        for (int n = 0; n < 8; ++n) C[m][n] += A[m][k] * B[k][n];
+      }
+    }
+    for (int l = 0; l < 32; ++l) {
+      for (int i = 0; i < 4; ++i) lane[l]->c[i] = C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+    }
+  });
+#endif
+}
+
 // ---- copies that land later -----------------------------------------------------------------------------------------
 
 // Global to shared, kBytes of 4, 8 or 16. Only source_bytes are read; the rest is filled with zeros.
@@ -336,57 +471,5 @@ LK_DEVICE void barrier_arrive(int id, int threads) {
   host::barrier_arrive(id, threads);
 #endif
 }
-
-// ---- mbarriers and bulk copies (sm_90) ------------------------------------------------------------------------------
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
-LK_DEVICE void mbarrier_init(uint64_t* barrier, int count) {
-#ifdef __CUDACC__
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#else
-  host::mbarrier_init(barrier, count);
-#endif
-}
-
-// Arrives, and makes the phase wait for so many bytes of bulk copies as well.
-LK_DEVICE void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes = 0) {
-#ifdef __CUDACC__
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(expected_bytes)
-               : "memory");
-#else
-  host::mbarrier_arrive(barrier, expected_bytes);
-#endif
-}
-
-// Until the phase of this parity is over. A fresh mbarrier is in phase 0: the wait for parity 1 is free.
-LK_DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
-#ifdef __CUDACC__
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again_%=;\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-#else
-  host::mbarrier_wait(barrier, parity);
-#endif
-}
-
-// Global to shared by the copy engine: addresses and size multiples of 16; completes on the mbarrier.
-LK_DEVICE void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
-#ifdef __CUDACC__
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-#else
-  host::bulk_copy(to, from, bytes, barrier);
-#endif
-}
-
-#endif
 
 }  // namespace llamakern::cuda

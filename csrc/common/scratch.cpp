@@ -12,25 +12,26 @@ namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 #ifdef __SANITIZE_ADDRESS__
-constexpr size_t kKeep = 0;  // each piece by itself, so that the sanitizer sees its end
+constexpr size_t kKeep = 0;  // each piece by itself and no longer than asked for: the sanitizer sees its end
 constexpr size_t kLarge = size_t(-1);
+size_t padded(size_t bytes) { return bytes; }
 #else
 constexpr size_t kKeep = size_t(64) << 20;
 constexpr size_t kLarge = kHugePage;
+size_t padded(size_t bytes) { return (bytes + 127) / 64 * 64; }
 #endif
 
 // What is large lies in pages of 2 MB where the system has them: fewer faults, fewer misses of translations.
 void* allocate(size_t bytes) {
-  if (bytes < kLarge) return std::aligned_alloc(64, bytes);
+  void* memory = nullptr;
+  if (bytes < kLarge) return posix_memalign(&memory, 64, bytes) == 0 ? memory : nullptr;
   bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  void* memory = std::aligned_alloc(kHugePage, bytes);
+  memory = std::aligned_alloc(kHugePage, bytes);
 #ifdef MADV_HUGEPAGE
   if (memory) madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
   return memory;
 }
-
-size_t padded(size_t bytes) { return (bytes + 127) / 64 * 64; }
 
 struct Stack {
   char* base = nullptr;

@@ -1,39 +1,67 @@
-// RoPE on the GPU: a thread turns one pair of a head.
+// RoPE on the GPU: a block turns one token; a thread turns the pairs of one pack of a head, or of two half a head
+// apart.
 #include "rope.h"
 
-#include "../common/cuda.cuh"
+#include "../common/pack.cuh"
 
 namespace llamakern::cuda {
 
 // ---------------------------------------------------------------------------- kernels
 
-constexpr int kThreads = 256;
+static constexpr int kThreads = 256;
 
-template <typename T>
+// N elements of a and N of b at once in the half layout, N/2 pairs in the interleaved one (of a pair where N is 1).
+template <typename T, int N, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const Rope<T> p) {
-  const int64_t half = p.D / 2, pairs = p.H * half;
-  const int64_t bt = blockIdx.x, b = bt / p.T_, t = bt % p.T_;
+  constexpr int kPairs = kInterleaved && N > 1 ? N / 2 : N;
+  const int half = int(p.D / 2), packs = half / kPairs, work = int(p.H) * packs;
+  const unsigned bt = blockIdx.x, b = bt / unsigned(p.T_), t = bt - b * unsigned(p.T_);
   const int64_t row = p.positions ? p.positions[b * p.position_batch + t] : t;
   const float* cos = p.cos + b * p.angle_batch + row * half;
   const float* sin = p.sin + b * p.angle_batch + row * half;
-  const T* x = p.x + b * p.x_batch + t * p.x_token;
-  T* y = p.y + bt * p.H * p.D;
-  const int64_t step = p.interleaved ? 1 : half;  // from a to b
-  for (int64_t pair = threadIdx.x; pair < pairs; pair += kThreads) {
-    const int64_t h = pair / half, i = pair % half, at = p.interleaved ? 2 * i : i;
-    float u = widen(x[h * p.x_head + at]), v = widen(x[h * p.x_head + at + step]);
-    rope_rotate(u, v, cos[i], p.sign * sin[i]);
-    y[h * p.D + at] = narrow<T>(u);
-    y[h * p.D + at + step] = narrow<T>(v);
+  for (int i = threadIdx.x; i < work; i += blockDim.x) {
+    const int h = i / packs, pair = (i - h * packs) * kPairs;
+    const T* x = p.x + b * p.x_batch + t * p.x_token + h * p.x_head;
+    T* y = p.y + (int64_t(bt) * p.H + h) * p.D;
+    float c[kPairs], s[kPairs];
+    load(c, cos + pair);
+    load(s, sin + pair);
+    if constexpr (kInterleaved && N > 1) {
+      float uv[N];
+      load(uv, x + 2 * pair);
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) rope_rotate(uv[2 * k], uv[2 * k + 1], c[k], p.sign * s[k]);
+      store(y + 2 * pair, uv);
+    } else {
+      const int at = kInterleaved ? 2 * pair : pair, step = kInterleaved ? 1 : half;  // of a; from a to b
+      float u[N], v[N];
+      load(u, x + at);
+      load(v, x + at + step);
+#pragma unroll
+      for (int k = 0; k < N; ++k) rope_rotate(u[k], v[k], c[k], p.sign * s[k]);
+      store(y + at, u);
+      store(y + at + step, v);
+    }
   }
 }
 
 // -------------------------------------------------------------------------- launchers
 
 template <typename T>
-void rope(const Rope<T>& p, void*, Stream stream) {
+static void rope(const Rope<T>& p, void*, Stream stream) {
   if (p.B * p.T_ == 0 || p.H * p.D == 0) return;
-  LK_LAUNCH(rope_kernel<T>, dim3(unsigned(p.B * p.T_)), kThreads, 0, stream)(p);
+  const int64_t half = p.D / 2;
+  const bool packs = in_packs<T>({p.x, {p.x_batch, p.x_token, p.x_head, p.interleaved ? p.D : half}}) &&
+                     in_packs<T>({p.y, {}}) && in_packs<float>({p.cos, {half}}) && in_packs<float>({p.sin, {}});
+  with_packs<T>(packs, [&]<int N>() {
+    const int64_t pairs = p.interleaved && N > 1 ? N / 2 : N;
+    const unsigned threads = unsigned(min64(kThreads, round_up(p.H * half / pairs, 32)));
+    const unsigned blocks = unsigned(p.B * p.T_);
+    if (p.interleaved)
+      LK_LAUNCH((rope_kernel<T, N, true>), blocks, threads, 0, stream)(p);
+    else
+      LK_LAUNCH((rope_kernel<T, N, false>), blocks, threads, 0, stream)(p);
+  });
   check_launch("rope_kernel");
 }
 

@@ -1,8 +1,10 @@
-"""Attention against torch's scaled_dot_product_attention: forward, backward, decoding over a cache.
+"""Attention against torch's scaled_dot_product_attention: forward, backward, decoding over a cache, prompts.
 
 torch gets its inputs as it likes them best, contiguous (B, H, T, D); in decoding the query heads of a kv head stand as
 queries of one head, which it runs much faster than with enable_gqa, and two plain matmuls race too.
 """
+
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -94,6 +96,47 @@ def decode_rows(table, label, dtype, *, B=1, S, H, Hkv, D):
     )
 
 
+def prompt_rows(table, label, dtype, *, B=1, T, H, Hkv, D, P=10):
+    """LLaMA-Adapter's prompts: against ours without them, and against torch with a second attention over them."""
+    q, k, v, dy = (torch.randn(B, T, heads, D).to(dtype) for heads in (H, Hkv, Hkv, H))
+    pk, pv, gate = torch.randn(P, Hkv, D).to(dtype), torch.randn(P, Hkv, D).to(dtype), torch.linspace(-1, 1, H)
+
+    def prompted(q, k, v, pk, pv, gate):
+        return ops.attention(q, k, v, prompt_k=pk, prompt_v=pv, prompt_gate=gate)
+
+    def two(q, k, v, pk, pv, gate):  # in torch's layout
+        grouped = {"enable_gqa": Hkv != H}
+        prompts = sdpa(q, *(t.transpose(0, 1).expand(B, -1, -1, -1) for t in (pk, pv)), **grouped)
+        return sdpa(q, k, v, is_causal=True, **grouped) + gate.to(dtype)[:, None, None] * prompts
+
+    ours = (q, k, v, pk, pv, gate)
+    theirs = (*(t.transpose(1, 2).contiguous() for t in (q, k, v)), pk, pv, gate)
+    contestants = {"ours": (prompted, ours), "without prompts": (ops.attention, (q, k, v)), "torch": (two, theirs)}
+    sizes = {"flops": 2 * B * H * D * T * (T + 1 + 2 * P), "bytes_moved": 2 * B * T * (H + Hkv) * D * dtype.itemsize}
+    table.row(
+        f"{label} forward",
+        {name: partial(fn, *inputs) for name, (fn, inputs) in contestants.items()},
+        **sizes,
+        error=relative_error(prompted(*ours), attention_reference(*to_double(ours[:3]), **prompts_of(ours))),
+        dtype=dtype,
+    )
+    steps = {}
+    for name, (fn, inputs) in contestants.items():
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        y, into = fn(*leaves), dy.transpose(1, 2).contiguous() if name == "torch" else dy
+        steps[name] = partial(torch.autograd.grad, y, leaves, into, retain_graph=True)
+    backward = {"flops": sizes["flops"] * 5 // 2, "bytes_moved": 2 * sizes["bytes_moved"]}
+    table.row(f"{label} backward", steps, **backward, dtype=dtype)
+
+
+def to_double(tensors):
+    return [t.double() for t in tensors]
+
+
+def prompts_of(inputs):
+    return dict(zip(("prompt_k", "prompt_v", "prompt_gate"), to_double(inputs[3:]), strict=True))
+
+
 def shape(T, H, Hkv, D, B=1):
     return {"B": B, "T": T, "H": H, "Hkv": Hkv, "D": D}
 
@@ -126,6 +169,15 @@ CASES = (
             "llama-7b S=2048": cache(2048, 32, 32, 128),
             "llama3.2-1b S=4096 B=4": cache(4096, 32, 8, 64, B=4),
             "one kv head S=16384": cache(16384, 8, 1, 128),
+        },
+    ),
+    Case(
+        "attention_prompts",
+        prompt_rows,
+        {
+            "llama3-8b T=512 P=10": shape(512, 32, 8, 128),
+            "llama-7b T=512 P=10": shape(512, 32, 32, 128),
+            "llama3.2-1b T=512 P=10": shape(512, 32, 8, 64, B=2),
         },
     ),
 )

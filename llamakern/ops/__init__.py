@@ -4,6 +4,7 @@ from llamakern.ops.attention import attention as attention
 from llamakern.ops.attention import attention_decode as attention_decode
 from llamakern.ops.attention import cache_append_ as cache_append_
 from llamakern.ops.block import nf4_block_decode_ as nf4_block_decode_
+from llamakern.ops.excitor import excitor_keys as excitor_keys
 from llamakern.ops.lora import lora_linear as lora_linear
 from llamakern.ops.lora import nf4_lora_linear as nf4_lora_linear
 from llamakern.ops.loss import linear_cross_entropy as linear_cross_entropy

@@ -39,19 +39,26 @@ def attention(
         window:   i - window < j (and j < i + window where not causal)
         chunk:    floor(i / chunk) = floor(j / chunk)
         mask:     mask[..., t, j]
-    A query that sees no key gives 0, lse -inf and gradient 0. cu_seqlens: B = 1 and n sequences lie one after the
+    A query that sees no key gives 0, lse -inf and gradient 0.
+
+    With prompts, LLaMA-Adapter's (arXiv 2303.16199, eq. 6 to 8), y + g·softmax(scale·q pkᵀ) pv is returned: a softmax
+    of its own, which no mask hides and lse does not count, times the gate g of the query head as it is. A query that
+    sees no key keeps its prompts. Where the gate is 0, y has the bits that it has without. The prompts are in q's
+    dtype, shared by all rows and packed sequences or, as (B, P, Hkv, D), one set a row.
+
+    cu_seqlens: B = 1 and n sequences lie one after the
     other, the first from token 0 to cu_seqlens[1]; each sees only itself, and its positions begin at its own start.
-    Head_dim is at most 256; query head h reads key/value head h // (H / Hkv). Gradients flow to q, k and v, from y and
-    lse, and have equal bits in every run. float32, bfloat16 and float16; sums are float32. Under autocast q, k and v
-    take its dtype. Raises ValueError for shapes and values, TypeError for dtypes.
+    Head_dim is at most 256; query head h reads key/value head h // (H / Hkv). Gradients flow to q, k, v and the
+    prompts, from y and lse, and have equal bits in every run. float32, bfloat16 and float16; sums are float32. Under
+    autocast all but the gate take its dtype; the gate may have any. Raises ValueError for shapes and values, TypeError
+    for dtypes.
     """
-    if not prompt_k is prompt_v is prompt_gate is None:
-        raise NotImplementedError("attention: prompt_k is not built yet")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"attention: mask must be bool, got {str(mask.dtype).removeprefix('torch.')}")
     q, k, v = _autocast(q, k, v)
-    call = _recorded if wants_grad(q, k, v) else _raw
-    y, lse = call(q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, False)
+    prompts = _prompts(q, prompt_k, prompt_v, prompt_gate)
+    call = _recorded if wants_grad(q, k, v, *prompts) else _raw
+    y, lse = call(q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, False, *prompts)
     return (y, lse) if return_lse else y
 
 
@@ -65,17 +72,21 @@ def attention_decode(
     window: int | None = None,
     chunk: int | None = None,
     scale: float | None = None,
+    prompt_k: Tensor | None = None,  # (P, Hkv, D) or (B, P, Hkv, D)
+    prompt_v: Tensor | None = None,
+    prompt_gate: Tensor | None = None,  # (H,)
 ) -> Tensor:  # (B, T, H, D)
     """Causal attention of the T newest tokens over a cache: row b sees its first lengths[b] keys, the T new ones too.
 
     Query t of row b stands at position lengths[b] - T + t. With a block_table key j of row b is row j % block of cache
-    block block_table[b, j // block]. window, chunk and scale as in `attention`. There is no gradient. Raises ValueError
-    for shapes, lengths beyond the cache and blocks that do not exist, TypeError for dtypes, RuntimeError where a
-    gradient is wanted.
+    block block_table[b, j // block]. window, chunk, scale and prompts as in `attention`. There is no gradient. Raises
+    ValueError for shapes, lengths beyond the cache and blocks that do not exist, TypeError for dtypes, RuntimeError
+    where a gradient is wanted.
     """
-    if wants_grad(q, k_cache, v_cache):
+    prompts = _prompts(q, prompt_k, prompt_v, prompt_gate)
+    if wants_grad(q, k_cache, v_cache, *prompts):
         raise RuntimeError("attention_decode: has no gradient; use torch.no_grad(), or attention")
-    return _decode(q, k_cache, v_cache, lengths, block_table, window, chunk, scale)
+    return _decode(q, k_cache, v_cache, lengths, block_table, window, chunk, scale, *prompts)
 
 
 def cache_append_(
@@ -107,6 +118,16 @@ def written(k_cache, v_cache):
 def _autocast(q, k, v):
     dtype = autocast_dtype(q)
     return (q, k, v) if dtype is None else (q.to(dtype), k.to(dtype), v.to(dtype))
+
+
+def _prompts(q, prompt_k, prompt_v, prompt_gate):
+    """The prompts in the dtypes that the kernels take."""
+    if prompt_k is None or prompt_v is None or prompt_gate is None:
+        return prompt_k, prompt_v, prompt_gate  # the op says what is missing
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        prompt_k, prompt_v = prompt_k.to(dtype), prompt_v.to(dtype)
+    return prompt_k, prompt_v, prompt_gate.float()
 
 
 def visible(T, S, *, causal, window=None, chunk=None, device=None):
@@ -157,14 +178,18 @@ def attention_reference(
     return (y, lse) if return_lse else y
 
 
-def attention_decode_reference(q, k_cache, v_cache, *, lengths, window=None, chunk=None, scale=None):
+def attention_decode_reference(
+    q, k_cache, v_cache, *, lengths, window=None, chunk=None, scale=None,
+    prompt_k=None, prompt_v=None, prompt_gate=None,
+):  # fmt: skip
     """What the op means, in plain PyTorch: row b attends its first lengths[b] keys, the last T being its queries'."""
-    rows = [
-        attention_reference(
-            q[b : b + 1], k_cache[b : b + 1, :n], v_cache[b : b + 1, :n], scale=scale, window=window, chunk=chunk
-        )
-        for b, n in enumerate(lengths.tolist())
-    ]
+    rows = []
+    for b, n in enumerate(lengths.tolist()):
+        row = slice(b, b + 1)
+        pk, pv = (t if t is None or t.dim() == 3 else t[row] for t in (prompt_k, prompt_v))
+        knobs = {"scale": scale, "window": window, "chunk": chunk}
+        prompts = {"prompt_k": pk, "prompt_v": pv, "prompt_gate": prompt_gate}
+        rows.append(attention_reference(q[row], k_cache[row, :n], v_cache[row, :n], **knobs, **prompts))
     return torch.cat(rows)
 
 
@@ -178,7 +203,7 @@ def cache_append_reference_(k_cache, v_cache, k, v, lengths):
 # ------------------------------------------------------------------------------------------- torch.compile and autograd
 
 
-def _fake(q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, heads_first):
+def _fake(q, k, v, mask, causal, scale, window, chunk, cu_seqlens_q, cu_seqlens_k, heads_first, *prompts):
     B, T, H, _D = q.transpose(1, 2).shape if heads_first else q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
 
@@ -187,21 +212,30 @@ def _fake_backward(dy, dlse, q, k, v, y, lse, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _fake_prompt_backward(dy, dlse, q, k, v, y, lse, *rest):
+    return *_fake_backward(dy, dlse, q, k, v, y, lse), *(t.new_empty(t.shape) for t in rest[-3:])
+
+
 _attention_backward = backward_op("attention_backward", fake=_fake_backward)
+_attention_prompt_backward = backward_op("attention_prompt_backward", fake=_fake_prompt_backward)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, mask, *ctx.rule, cu_seqlens_q, cu_seqlens_k, ctx.heads_first = inputs
-    ctx.save_for_backward(q, k, v, *output, mask, cu_seqlens_q, cu_seqlens_k)
+    q, k, v, mask, *ctx.rule, cu_seqlens_q, cu_seqlens_k, ctx.heads_first, prompt_k, prompt_v, prompt_gate = inputs
+    ctx.save_for_backward(q, k, v, *output, mask, cu_seqlens_q, cu_seqlens_k, prompt_k, prompt_v, prompt_gate)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, dlse):
-    q, k, v, y, lse, mask, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    q, k, v, y, lse, mask, cu_seqlens_q, cu_seqlens_k, *prompts = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(y)
-    grads = _attention_backward(dy, dlse, q, k, v, y, lse, mask, *ctx.rule, cu_seqlens_q, cu_seqlens_k, ctx.heads_first)
-    return *grads, None, None, None, None, None, None, None, None
+    call = dy, dlse, q, k, v, y, lse, mask, *ctx.rule, cu_seqlens_q, cu_seqlens_k, ctx.heads_first
+    no_grads = (None,) * 8
+    if prompts[0] is None:
+        return *_attention_backward(*call), *no_grads, None, None, None
+    dq, dk, dv, *dprompts = _attention_prompt_backward(*call, *prompts)
+    return dq, dk, dv, *no_grads, *dprompts
 
 
 _raw, _recorded = differentiable("attention", fake=_fake, setup_context=_setup_context, backward=_backward)

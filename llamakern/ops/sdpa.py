@@ -51,7 +51,7 @@ def _attend(query, key, value, mask, is_causal, scale):
     """All in (B, H, T, D), Hkv dividing H."""
     q, k, v = _autocast(query, key, value)
     call = _recorded if wants_grad(q, k, v) else _raw
-    return call(q, k, v, mask, is_causal, scale, None, None, None, None, True)[0]
+    return call(q, k, v, mask, is_causal, scale, None, None, None, None, True, None, None, None)[0]
 
 
 def _any_shapes(query, key, value, mask, is_causal, scale, enable_gqa):

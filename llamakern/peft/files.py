@@ -1,12 +1,13 @@
-"""Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
+"""Adapters on disk: a folder with adapter_config.json and adapter_model.safetensors, PEFT's where PEFT has the method.
 
-    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight (R, K), ....lora_B.weight (N, R)
-    ....lora_magnitude_vector (N,) of DoRA, ....lora_B.bias (N,), ....base_layer.bias (N,) where the base's trains
-
-A third file, prompt.json, keeps what PEFT has no place for: the prompt template and the end token.
+A third file, prompt.json, keeps what PEFT has no place for: the prompt template and the end token. An adapter of
+several methods is a folder with one such folder for each, named as the method, and methods.json, which lists them.
+What the files of a method hold stands in its own file; the format of those that PEFT does not know in docs/files.md.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,13 +17,12 @@ from torch import Tensor, nn
 
 from llamakern.distributed import is_main, whole
 from llamakern.files import atomic_folder, write_json
-from llamakern.peft.adapters import active, add, base_of, find, trained_biases
-from llamakern.peft.base import hub_name
-from llamakern.peft.lora import LoRAConfig
-from llamakern.peft.settings import from_peft, to_peft
+from llamakern.peft.base import Method, Parts, hub_name, own
+from llamakern.peft.methods import METHODS
+from llamakern.peft.switching import Adapter, active, add, base_of, find
 
-CONFIG, WEIGHTS, PROMPT = "adapter_config.json", "adapter_model.safetensors", "prompt.json"
-OWN = (CONFIG, WEIGHTS, PROMPT, "README.md")  # PEFT writes a README.md
+CONFIG, WEIGHTS, PROMPT, LIST = "adapter_config.json", "adapter_model.safetensors", "prompt.json", "methods.json"
+OWN = (CONFIG, WEIGHTS, PROMPT, LIST, "README.md")  # PEFT writes a README.md
 
 
 def save(
@@ -36,16 +36,25 @@ def save(
     """
     if name is None and (name := active(model)) is None:
         raise ValueError("peft: model must carry an active adapter to save one, got a model without")
-    config, tensors = find(model, name).config, adapter_tensors(model, name)
-    tensors = {key: whole(t.detach()).contiguous() for key, t in tensors.items()}
+    methods = find(model, name).methods
+    saved = [
+        {key: whole(t.detach()).contiguous() for key, t in method.pack(tensors, model).items()}
+        for method, tensors in zip(methods, adapter_tensors(model, name), strict=True)
+    ]
     if not is_main():
         return
     path = Path(path)
-    if others := sorted(file.name for file in path.iterdir() if file.name not in OWN) if path.is_dir() else []:
+    mine = (*OWN, *(METHODS if (path / LIST).is_file() else ()))
+    if others := sorted(file.name for file in path.iterdir() if file.name not in mine) if path.is_dir() else []:
         raise ValueError(f"peft: path must be a new folder or one with an adapter only, got {path} with {others[0]}")
     with atomic_folder(path) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        write_json(folder / CONFIG, to_peft(config, base))
+        for method, tensors in zip(methods, saved, strict=True):
+            one = folder if len(methods) == 1 else folder / method.kind
+            one.mkdir(exist_ok=True)
+            save_file(tensors, one / WEIGHTS, metadata={"format": "pt"})
+            write_json(one / CONFIG, {"base_model_name_or_path": base, **method.describe()})
+        if len(methods) > 1:
+            write_json(folder / LIST, {"version": 1, "methods": [method.kind for method in methods]})
         if prompt is not None:
             write_json(folder / PROMPT, prompt)
 
@@ -53,81 +62,84 @@ def save(
 def load(model: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
     """The model itself with the adapter of folder `path`, written here or by PEFT, in it and active under `name`.
 
-    Adapters that the model carries already stay, inactive. FileNotFoundError without the two files; ValueError, naming
+    Adapters that the model carries already stay, inactive. FileNotFoundError without the files; ValueError, naming
     them, for settings that are not supported and for missing, unexpected or wrongly shaped tensors, and for a name that
-    is taken. The model stays as it was unless all fits. Numbers are kept; half-precision ones become float32.
+    is taken. The model stays as it was unless all fits. Numbers are kept; half-precision ones become float32. A method
+    from outside must have been made known by `register`.
     """
-    path = Path(path)
+    read = {method.kind: (method, saved) for method, saved in map(read_folder, folders(Path(path)))}
+    methods = [method for method, _ in read.values()]
+
+    def fill(adapter: Adapter) -> None:
+        for method, parts in zip(adapter.methods, adapter.parts, strict=True):
+            saved, tensors = read[method.kind][1], part_tensors(model, parts)
+            wanted = method.pack({key: t.detach().to("meta") for key, t in tensors.items()}, model)
+            check_fit({key: list(t.shape) for key, t in saved.items()}, {k: list(t.shape) for k, t in wanted.items()})
+            with torch.no_grad():
+                for key, tensor in method.unpack(saved, model).items():
+                    tensors[key].copy_(tensor)
+
+    add(model, name, methods, fill)
+    return model
+
+
+def folders(path: Path) -> Iterable[Path]:
+    """The folders of the methods of an adapter: itself, or those that its methods.json names."""
+    if not (path / LIST).is_file():
+        return [path]
+    kinds = read_object(path / LIST).get("methods")
+    if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"peft: {path / LIST} must list methods, got {kinds!r}")
+    if unknown := [kind for kind in kinds if kind not in METHODS]:
+        raise ValueError(f"peft: methods must be among {list(METHODS)}, got {unknown[0]!r}")
+    return [path / kind for kind in kinds]
+
+
+def read_folder(path: Path) -> tuple[Method, dict[str, Tensor]]:
+    """One method's configuration and its tensors as they are stored."""
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
             raise FileNotFoundError(f"peft: path must hold {CONFIG} and {WEIGHTS}, got {path} without {file}")
-    config = from_peft(read_object(path / CONFIG))
+    settings = read_object(path / CONFIG)
+    method = kind_of(settings).read(settings)
     try:
         saved = load_file(path / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"peft: {path / WEIGHTS} must be a whole safetensors file, got {error}") from None
-    check_dtypes(saved)
-    with base_of(model):
-        check_fit({key: list(t.shape) for key, t in saved.items()}, expected_shapes(model, config))
-    add(model, name, config)
-    with torch.no_grad():
-        for key, tensor in adapter_tensors(model, name).items():
-            tensor.copy_(saved[key])
-    return model
-
-
-# PEFT's name of each parameter of a LoRALinear
-PARTS = {
-    "lora_A.weight": "lora_a",
-    "lora_B.weight": "lora_b",
-    "lora_B.bias": "lora_bias",
-    "lora_magnitude_vector": "magnitude",
-}
-
-
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The parameters of an adapter under PEFT's names."""
-    adapter, tensors = find(model, name), {}
-    for path, module in adapter.modules.items():
-        for part, attribute in PARTS.items():
-            if (parameter := getattr(module, attribute)) is not None:
-                tensors[f"{root(model, path)}.{part}"] = parameter
-    if adapter.biases:
-        with base_of(model):  # the adapter has them back
-            tensors |= {bias_key(model, path, adapter.modules): bias for path, bias in adapter.biases.items()}
-    return tensors
-
-
-def expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, list[int]]:
-    """Names and shapes of the tensors that an adapter of this configuration has. No adapter may be active."""
-    shapes, found = {}, config.match(model)
-    for path, linear in found.items():
-        rank, N, K = config.rank_of(hub_name(model, path)), linear.out_features, linear.in_features
-        sizes = {"lora_a": [rank, K], "lora_b": [N, rank]}
-        sizes |= {"lora_bias": [N]} if config.lora_bias else {}
-        sizes |= {"magnitude": [N]} if config.dora else {}
-        for part, attribute in PARTS.items():
-            if attribute in sizes:
-                shapes[f"{root(model, path)}.{part}"] = sizes[attribute]
-    for path, bias in trained_biases(model, config, found):
-        shapes[bias_key(model, path, found)] = list(bias.shape)
-    return shapes
-
-
-def root(model: nn.Module, path: str) -> str:
-    return f"base_model.model.{hub_name(model, path)}"
-
-
-def bias_key(model: nn.Module, path: str, targets) -> str:
-    owner = path.rpartition(".")[0]
-    return f"{root(model, owner)}{'.base_layer' if owner in targets else ''}.bias"
-
-
-def check_dtypes(saved: dict[str, Tensor]) -> None:
     for key, tensor in saved.items():
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             name = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"peft: {key} must be float32, float16 or bfloat16, got {name}")
+    return method, saved
+
+
+def kind_of(settings: dict) -> type[Method]:
+    """The method that wrote this adapter_config.json."""
+    theirs = {kind.peft_type: kind for kind in METHODS.values() if kind.peft_type}
+    if (peft_type := settings.get("peft_type")) in theirs:
+        return theirs[peft_type]
+    if peft_type != "LLAMAKERN":
+        raise ValueError(f"peft: peft_type must be one of {[*theirs, 'LLAMAKERN']}, got {peft_type!r}")
+    if (kind := settings.get("method")) not in METHODS:
+        raise ValueError(f"peft: method must be one of {list(METHODS)}, got {kind!r}; register one from outside first")
+    return METHODS[kind]
+
+
+def adapter_tensors(model: nn.Module, name: str) -> list[dict[str, Tensor]]:
+    """The trained tensors of each method of an adapter, by the names that `part_tensors` gives them."""
+    adapter = find(model, name)
+    if not any(parts.parameters for parts in adapter.parts):
+        return [part_tensors(model, parts) for parts in adapter.parts]
+    with base_of(model):  # the adapter has its parameters back
+        return [part_tensors(model, parts) for parts in adapter.parts]
+
+
+def part_tensors(model: nn.Module, parts: Parts) -> dict[str, Tensor]:
+    """What a part trains, by transformers' dotted names without those of wrappers: stable whatever stands around it."""
+    tensors = {}
+    for path, module in parts.modules.items():
+        tensors |= {f"{hub_name(model, path)}.{part}": p for part, p in own(module).items()}
+    return tensors | {hub_name(model, path): p for path, p in parts.parameters.items()}
 
 
 def check_fit(got: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
@@ -139,6 +151,14 @@ def check_fit(got: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
     if problems:
         shown = "; ".join(sorted(problems)[:6]) + ("; ..." if len(problems) > 6 else "")
         raise ValueError(f"peft: {WEIGHTS} must fit the model, got {shown}")
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of an adapter's numbers: its weight files, one after another."""
+    made = hashlib.sha256()
+    for folder in folders(Path(path)):
+        made.update((folder / WEIGHTS).read_bytes())
+    return made.hexdigest()
 
 
 def read_prompt(path: str | Path) -> dict | None:

@@ -6,20 +6,30 @@ A ~ U(-1/sqrt(K), 1/sqrt(K)) and B = 0, so training starts exactly at the base m
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from llamakern.nn import LoRALinear
-from llamakern.peft.adapters import add
-from llamakern.peft.base import hub_name, linears
+from llamakern.peft.base import Method, Parts, hub_name, linears
+from llamakern.peft.settings import from_peft, to_peft
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BIASES = ("none", "all", "lora_only")
 
+# PEFT's name of each parameter of a LoRALinear
+PARTS = {
+    "lora_A.weight": "lora_a",
+    "lora_B.weight": "lora_b",
+    "lora_B.bias": "lora_bias",
+    "lora_magnitude_vector": "magnitude",
+}
+
 
 @dataclass
-class LoRAConfig:
+class LoRAConfig(Method):
     """Which linears get a LoRALinear around them, and of what kind. All names are matched as PEFT matches them.
 
     targets         last parts of module names ("q_proj") or longer tails ("layers.0.self_attn.q_proj"); or one string:
@@ -34,6 +44,11 @@ class LoRAConfig:
     Whole names are transformers': "model.layers.0.self_attn.q_proj".
     ValueError for a rank below 1, dropout outside [0, 1), lora_bias with dora, or a target that names no linear.
     """
+
+    kind: ClassVar[str] = "lora"
+    order: ClassVar[int] = 10
+    merges: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "LORA"
 
     rank: int = 8
     alpha: float = 16.0
@@ -114,9 +129,57 @@ class LoRAConfig:
         rank, scale = self.rank_of(name), self.scale_of(name)
         return LoRALinear(linear, rank, scale, self.dropout, dora=self.dora, bias=self.lora_bias)
 
-    def apply(self, model: nn.Module, name: str = "default") -> None:
-        """Freeze the base and put a LoRALinear around each target. Only what those add trains, and the biases asked."""
-        add(model, name, self)
+    def attach(self, model: nn.Module) -> Parts:
+        """A LoRALinear around each target. Only what those add trains, and the biases asked for."""
+        if any(isinstance(module, LoRALinear) for module in model.modules()):
+            raise ValueError("peft: model must carry no LoRA but what `apply` and `load` gave it, got another")
+        found = self.match(model)
+        made = {path: self.wrap(hub_name(model, path), linear) for path, linear in found.items()}
+        return Parts(made, {path: nn.Parameter(bias.detach().clone()) for path, bias in self.biases(model, found)})
+
+    def biases(self, model: nn.Module, targets) -> list[tuple[str, nn.Parameter]]:
+        """The base's biases that train, by dotted name."""
+        biases = [(path, p) for path, p in model.named_parameters() if path.rpartition(".")[2] == "bias"]
+        if self.bias == "lora_only":
+            biases = [(path, p) for path, p in biases if path.rpartition(".")[0] in targets]
+        return biases if self.bias != "none" else []
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # PEFT's files
+    #
+    #   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight (R, K), ....lora_B.weight (N, R)
+    #   ....lora_magnitude_vector (N,) of DoRA, ....lora_B.bias (N,), ....base_layer.bias (N,) where the base's trains
+
+    def describe(self) -> dict:
+        return to_peft(self)
+
+    @classmethod
+    def read(cls, settings: Mapping) -> "LoRAConfig":
+        return cls(**from_peft(settings))
+
+    def pack(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        wrapped = {name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")}
+        theirs, packed = {ours: part for part, ours in PARTS.items()}, {}
+        for name, tensor in super().pack(tensors, model).items():
+            owner, _, part = name.rpartition(".")
+            if part == "bias":
+                part = "base_layer.bias" if owner in wrapped else "bias"
+            packed[f"base_model.model.{owner}.{theirs.get(part, part)}"] = tensor
+        return packed
+
+    def unpack(self, saved: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        unpacked = {}
+        for key, tensor in saved.items():
+            name = key.removeprefix("base_model.model.").replace(".base_layer.bias", ".bias")
+            for part, ours in PARTS.items():
+                if name.endswith(f".{part}"):
+                    name = f"{name.removesuffix(part)}{ours}"
+            unpacked[name] = tensor
+        return super().unpack(unpacked, model)
+
+    def head_channels(self, name: str) -> int | None:
+        owner, _, part = name.rpartition(".")
+        return 0 if part != "lora_a" and owner.endswith(("q_proj", "k_proj")) else None
 
 
 def fits(pattern: str, name: str) -> bool:

@@ -1,6 +1,6 @@
-"""adapter_config.json, PEFT's record of how an adapter is built, to and from a LoRAConfig."""
+"""adapter_config.json, PEFT's record of how LoRA is built, to and from the settings of a LoRAConfig."""
 
-from llamakern.peft.lora import LoRAConfig
+from collections.abc import Mapping
 
 # Settings without influence on what the adapter computes.
 HARMLESS = {
@@ -27,17 +27,17 @@ FIELDS = {
 }
 
 
-def to_peft(config: LoRAConfig, base: str) -> dict:
-    """What adapter_config.json says of this configuration. base: the name of the base model."""
+def to_peft(config) -> dict:
+    """What adapter_config.json says of this LoRAConfig."""
     settings = {theirs: getattr(config, ours) for theirs, (ours, _) in FIELDS.items()}
     settings |= {key: list(value) for key, value in settings.items() if isinstance(value, tuple)}
     settings["exclude_modules"] = settings["exclude_modules"] or None
-    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
     return about | settings
 
 
-def from_peft(settings: dict) -> LoRAConfig:
-    """A LoRAConfig from adapter_config.json. ValueError names what would change the result and is not built."""
+def from_peft(settings: Mapping) -> dict:
+    """Those of a LoRAConfig from adapter_config.json. ValueError names a setting that is not built and would matter."""
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"peft: peft_type must be LORA, got {settings.get('peft_type')!r}")
     for key, value in settings.items():
@@ -60,4 +60,4 @@ def from_peft(settings: dict) -> LoRAConfig:
         values["layers"] = [values["layers"]]
     if values.get("layers") == []:
         values["layers"] = None
-    return LoRAConfig(**values)
+    return values

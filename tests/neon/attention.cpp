@@ -1,4 +1,4 @@
-// attention: forward and backward over many queries and over few, decoding over a cache in blocks.
+// attention: forward and backward over many queries and over few, decoding over a cache in blocks, prompts.
 #include "../../csrc/attention/attention.h"
 
 #include "smoke.h"
@@ -127,6 +127,59 @@ void check_decoding() {
   judge<T>("attention_decode in blocks", y, plain_attention(n, q, k, v, q, lengths).y);
 }
 
+// Queries that see no word, so that the prompts' part stands alone: y, dq and the gradients of the prompts.
+template <typename T>
+void check_prompts(int64_t tokens) {
+  constexpr int64_t P = 7, H = 6, Hkv = 2, D = 20;
+  const Sizes n{1, tokens, 1, H, Hkv, D};
+  const auto q = random<T>(n.q(), 2.0), k = random<T>(n.k()), dy = random<T>(n.q());
+  const auto pk = random<T>(P * Hkv * D, 2.0), pv = random<T>(P * Hkv * D);
+  const auto gate = random<float>(H);
+  std::vector<T> y(n.q()), dq(n.q()), dk(n.k()), dv(n.k()), dpk(pk.size()), dpv(pk.size());
+  std::vector<float> lse(H * tokens), dgate(H);
+  AttentionForward<T> forward{};
+  forward.y = heads(y.data(), tokens, H, D), forward.lse = lse.data(), forward.in = attended(n, q, k, k);
+  forward.in.S = 0;
+  forward.in.prompts = {heads(pk.data(), 0, Hkv, D), heads(pv.data(), 0, Hkv, D), gate.data(), P, 1};
+  run(forward);
+  AttentionBackward<T> backward{};
+  backward.dq = heads(dq.data(), tokens, H, D), backward.dk = heads(dk.data(), 1, Hkv, D);
+  backward.dv = heads(dv.data(), 1, Hkv, D), backward.y = heads<const T>(y.data(), tokens, H, D);
+  backward.dy = heads<const T>(dy.data(), tokens, H, D), backward.lse = lse.data(), backward.in = forward.in;
+  backward.dprompt_k = heads(dpk.data(), 0, Hkv, D), backward.dprompt_v = heads(dpv.data(), 0, Hkv, D);
+  backward.dprompt_gate = dgate.data();
+  run(backward);
+  Doubles want_y(n.q()), want_dq(n.q()), want_dpk(pk.size()), want_dpv(pk.size()), want_dgate(H);
+  for (int64_t row = 0; row < tokens * H; ++row) {
+    const int64_t h = row % H;
+    const auto at = [&](int64_t p, int64_t d) { return (p * Hkv + h / (H / Hkv)) * D + d; };
+    Doubles a(P), da(P);
+    double total = 0.0, o = 0.0;
+    for (int64_t p = 0; p < P; ++p) {
+      double s = 0.0;
+      for (int64_t d = 0; d < D; ++d) s += double(to_float(q[row * D + d])) * to_float(pk[at(p, d)]);
+      for (int64_t d = 0; d < D; ++d) da[p] += double(to_float(dy[row * D + d])) * to_float(pv[at(p, d)]);
+      total += a[p] = std::exp(s * default_scale(D));
+    }
+    for (int64_t p = 0; p < P; ++p) o += (a[p] /= total) * da[p];
+    want_dgate[h] += o;
+    for (int64_t p = 0; p < P; ++p)
+      for (int64_t d = 0; d < D; ++d) {
+        const double ds = gate[h] * a[p] * (da[p] - o) * default_scale(D);
+        want_y[row * D + d] += gate[h] * a[p] * to_float(pv[at(p, d)]);
+        want_dq[row * D + d] += ds * to_float(pk[at(p, d)]);
+        want_dpk[at(p, d)] += ds * to_float(q[row * D + d]);
+        want_dpv[at(p, d)] += gate[h] * a[p] * to_float(dy[row * D + d]);
+      }
+  }
+  const std::string name = "prompts T=" + std::to_string(tokens);
+  judge<T>(name, y, want_y);
+  judge<T>(name + "'s dq", dq, want_dq, 2.0);
+  judge<T>(name + "'s dk", dpk, want_dpk, 2.0);
+  judge<T>(name + "'s dv", dpv, want_dpv, 2.0);
+  judge<T>(name + "'s dgate", dgate, want_dgate, 2.0);
+}
+
 }  // namespace
 
 void check_attention() {
@@ -134,6 +187,8 @@ void check_attention() {
     check_training<T>({2, 45, 61, 6, 2, 20});
     check_training<T>({1, 3, 75, 4, 1, 33});
     check_decoding<T>();
+    check_prompts<T>(45);
+    check_prompts<T>(3);
   });
 }
 

@@ -8,6 +8,7 @@ int main() {
   smoke::check_attention();
   smoke::check_linears();
   smoke::check_heads();
+  smoke::check_excitor();
   if (smoke::failures) std::printf("smoke: %d checks FAILED\n", smoke::failures);
   return smoke::failures ? 1 : 0;
 }

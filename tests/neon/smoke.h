@@ -103,5 +103,6 @@ void check_rows();       // rope, norm, swiglu
 void check_attention();  // forward, backward, decoding, the cache
 void check_linears();    // nf4, lora
 void check_heads();      // loss, block
+void check_excitor();    // excitor
 
 }  // namespace smoke
