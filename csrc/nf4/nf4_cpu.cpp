@@ -62,7 +62,8 @@ static void nf4_double_quantize(const Nf4DoubleQuantize& p) {
       if (size > top) top = size;
     }
     p.scale[block] = top;
-    for (int64_t i = begin; i < end; ++i) p.codes[i] = nearest_level(kDynamicMap.value, (p.absmax[i] - *p.offset) * (1.0f / top));
+    for (int64_t i = begin; i < end; ++i)
+      p.codes[i] = nearest_level(kDynamicMap.value, (p.absmax[i] - *p.offset) * (1.0f / top));
   });
 }
 
