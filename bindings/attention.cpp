@@ -1,5 +1,5 @@
 // torch.ops.llamakern.attention, attention_backward, attention_prompt_backward, attention_decode, cache_append_: check,
-// allocate, fill the params, run.
+// allocate, fill the params, run. Over 400 lines, because all doors share one Call and its checks.
 #include "../csrc/attention/attention.h"
 
 #include "engine.h"
@@ -80,7 +80,7 @@ Mask make_mask(const Door& door, const MaybeTensor& mask, const Tensor& q, const
   check(fits, op, ": ", name, " must be broadcastable to [", want[0], ", ", want[1], ", ", want[2], ", ", want[3],
         "], got ", shape_text(mask->sizes()));
   Mask m{.kind = Mask::kBool,
-         .data = mask->const_data_ptr(),
+         .data = cptr<char>(*mask),
          .batch = stride[0],
          .head = stride[1],
          .token = stride[2],

@@ -1,15 +1,15 @@
 """The demo: everything this project does, on one machine, from nothing but Python's own English, in minutes.
 
-tokenizer -> pre-training -> NF4 -> fine-tuning with each method -> text before and after -> merging. The task: given a
-function's signature, write the first sentence of its docstring. Whole files of the standard library are held out, from
-pre-training and fine-tuning alike. Every number printed was measured in this run.
+tokenizer -> pre-training -> NF4 -> fine-tuning with each method, the same steps -> text before and after -> merging.
+The task: given a function's signature, write the first sentence of its docstring. Whole files of the standard library
+are held out, from pre-training and fine-tuning alike. Every number printed was measured in this run.
 """
 
 import io
 import shutil
 import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -33,8 +33,8 @@ MODEL = LlamaConfig(
     dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=384, vocab_size=2048, max_seq_len=256, tie_embeddings=True
 )
 PRETRAIN = {"batch_size": 4, "max_len": 256, "lr": 4e-3, "warmup": 20, "weight_decay": 0.1, "beta2": 0.95}
-FINETUNE = {"batch_size": 4, "max_len": 256, "lr": 3e-3, "warmup": 10}
-FINETUNE_SECONDS = 25.0
+FINETUNE = {"batch_size": 4, "max_len": 256, "warmup": 10}
+FINETUNE_SECONDS = 9.0  # of the first method; the others train as many steps
 LEAST_STEPS, MOST_STEPS = 60, 3000
 N_HELD_OUT = 200
 N_SAMPLES = 4
@@ -43,17 +43,26 @@ MARK = ".llamakern-demo"  # stands in the folder of a demo: what is in there may
 
 @dataclass
 class Method:
-    """One row of the table: an adapter's configuration, and whether the base is NF4."""
+    """One row of the table: a method or several, its learning rate, and whether the base is NF4."""
 
-    config: object
+    configs: peft.Method | tuple[peft.Method, ...]
+    lr: float
     quantize: str | None = None
-    settings: dict = field(default_factory=dict)  # on top of FINETUNE
 
 
+LORA = peft.LoRAConfig(rank=16, alpha=32)
 METHODS = {
-    "lora": Method(peft.LoRAConfig(rank=16, alpha=32)),
-    "qlora": Method(peft.LoRAConfig(rank=16, alpha=32), quantize="nf4"),
+    "lora": Method(LORA, 3e-3),
+    "qlora": Method(LORA, 3e-3, quantize="nf4"),
+    "adapter": Method(peft.AdapterConfig(), 1e-2),
+    "adapter_v2": Method(peft.AdapterV2Config(), 1e-2),
+    "excitor": Method(peft.ExcitorConfig(), 1e-2),
+    "prompt": Method(peft.PromptConfig(), 3e-2),
+    "full": Method(peft.FullConfig(), 1e-3),
+    "lora+excitor": Method((LORA, peft.ExcitorConfig()), 3e-3),
+    "lora+adapter": Method((LORA, peft.AdapterConfig()), 3e-3),
 }
+SHOWN = ("lora", "excitor")  # whose answers stand beside those of the base
 
 
 def run(
@@ -82,11 +91,15 @@ def run(
     shown = short[:: max(1, len(short) // N_SAMPLES)][:N_SAMPLES]
     samples = {f.signature: {"true": f.summary} for f in shown}
     write_samples(samples, "before", Llama.from_pretrained(out / "base"), tokenizer)
-    methods = {}
+    methods, steps = {}, None
     for name, method in METHODS.items():
-        methods[name], llama = finetune(name, method, tasks, tokenizer, out, FINETUNE_SECONDS * minutes, quiet)
-        write_samples(samples, name, llama, tokenizer)
-        methods[name]["merge_change"] = merge(llama, tasks[1], out / name / "merged", tokenizer)
+        limit = {"seconds": FINETUNE_SECONDS * minutes, "steps": steps}
+        methods[name], llama = finetune(name, method, tasks, tokenizer, out, limit, quiet)
+        steps = methods[name]["steps"]
+        if name in SHOWN:
+            write_samples(samples, name, llama, tokenizer)
+        if merges(method):
+            methods[name]["merge_change"] = merge(llama, tasks[1], out / name / "merged", tokenizer)
 
     summary = {
         "methods": methods,
@@ -97,7 +110,7 @@ def run(
         "environment": environment(),
     }
     write_json(out / "summary.json", summary)
-    plotted = plot_curves({name: out / name / "metrics.jsonl" for name in ("pretrain", *METHODS)}, out / "loss.png")
+    plotted = plot_curves({name: out / name / "metrics.jsonl" for name in ("pretrain", *SHOWN)}, out / "loss.png")
     say(report(summary))
     say(f"Everything is in {out}" + ("" if plotted else "; no plot, because matplotlib is not installed"))
     return summary
@@ -193,15 +206,18 @@ def pretrain(
     return {"parameters": result["trainable"], **result}
 
 
-def finetune(name, method: Method, tasks, tokenizer: Tokenizer, out: Path, seconds: float, quiet: bool):
-    """Fine-tune the saved base with one method, save the adapter to out/<name>/adapter; returns figures and model."""
+def finetune(name, method: Method, tasks, tokenizer: Tokenizer, out: Path, limit: dict, quiet: bool):
+    """Fine-tune the saved base with one method, save the adapter to out/<name>/adapter; returns figures and model.
+
+    limit: the number of steps, or None and the seconds that they may take.
+    """
     train, held_out = tasks
     llama = Llama.from_pretrained(out / "base", quantize=method.quantize)
     torch.manual_seed(0)
-    peft.apply(llama, method.config)
+    peft.apply(llama, method.configs)
     knobs = {"pad_id": tokenizer.pad_id, "label": name, "quiet": quiet}
-    settings = FINETUNE | method.settings
-    steps = steps_within(seconds, Trainer(llama, train, TrainConfig(**settings), **knobs))
+    settings = FINETUNE | {"lr": method.lr}
+    steps = limit["steps"] or steps_within(limit["seconds"], Trainer(llama, train, TrainConfig(**settings), **knobs))
     settings = TrainConfig(**settings, steps=steps, save_every=steps, eval_every=max(1, steps // 5), keep_last=1)
     result = Trainer(llama, train, settings, held_out=held_out, out=out / name, **knobs).train()
     prompt = to_prompt(PLAIN, tokenizer)
@@ -219,6 +235,12 @@ def merge(llama: Llama, examples: list[Example], folder: Path, tokenizer: Tokeni
     llama.save_pretrained(folder)
     shutil.copyfile(folder.parents[1] / "base" / "tokenizer.model", folder / "tokenizer.model")
     return peft.logit_change(before, after)
+
+
+def merges(method: Method) -> bool:
+    """Whether the method folds into the weights."""
+    configs = method.configs if isinstance(method.configs, tuple) else (method.configs,)
+    return all(config.merges for config in configs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,11 +275,11 @@ def report(summary: dict) -> str:
         f"base: {base['parameters']:,} parameters, {base['tokens']:,} tokens in {base['seconds']:.0f} s, "
         f"held-out loss {base['loss_before']:.3f} -> {base['loss_after']:.3f}",
         "",
-        f"{'method':<10}{'trainable':>10}{'held-out loss before':>22}{'after':>8}{'tokens/s':>10}{'seconds':>9}",
+        f"{'method':<14}{'trainable':>10}{'held-out loss before':>22}{'after':>8}{'tokens/s':>10}{'seconds':>9}",
     ]
     for name, m in summary["methods"].items():
         lines.append(
-            f"{name:<10}{m['trainable']:>10,}{m['loss_before']:>22.3f}{m['loss_after']:>8.3f}"
+            f"{name:<14}{m['trainable']:>10,}{m['loss_before']:>22.3f}{m['loss_after']:>8.3f}"
             f"{m['tokens_per_s']:>10,.0f}{m['seconds']:>9.0f}"
         )
     lines += ["", f"peak memory {summary['peak_memory_mb']:,.0f} MB, {summary['seconds']:.0f} s in all"]

@@ -246,7 +246,7 @@ def train(task: Task, candidate: Candidate, config: TrainConfig, out: Path) -> d
     model = Llama.from_pretrained(task.base, quantize=candidate.quantize, dtype=task.dtype)
     torch.manual_seed(config.seed)
     peft.apply(model, candidate.configs)
-    knobs = {"pad_id": task.pad_id, "label": candidate.name, "quiet": True}
+    knobs = {"pad_id": task.pad_id, "label": candidate.name, "quiet": True, "plot": False}
     figures = Trainer(model, task.train, config, out=out, **knobs).train()
     peak = peak_memory_mb()
     peft.save(model, out / "adapter", base=task.base)

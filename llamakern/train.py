@@ -90,6 +90,7 @@ class Trainer:
     model: offers loss(tokens, labels, *, positions, cu_seqlens, reduction), as `Llama` does.
     train, held_out: examples of `llamakern.data`.
     out: folder for metrics.jsonl, loss.png and checkpoints; a run found there is continued. None: nothing is written.
+    plot: whether there is to be a loss.png.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Trainer:
         pad_id: int = 0,
         label: str = "train",
         quiet: bool = False,
+        plot: bool = True,
     ):
         self.model, self.examples, self.held_out = model, list(train), list(held_out)
         self.config = config or TrainConfig()
@@ -115,7 +117,7 @@ class Trainer:
         self.fingerprint = fingerprint(self.examples)
         self.device = next(iter(trainable(model).values())).device
         self.world = distributed.join(self.device)
-        self.pad_id, self.label, self.quiet = pad_id, label, quiet or not self.world.is_main
+        self.pad_id, self.label, self.quiet, self.plot = pad_id, label, quiet or not self.world.is_main, plot
         self.parallel = distributed.wrap(model, self.config.parallel, self.world)
         self.trainable = trainable(model)  # after the wrapping, which may replace parameters by shards of them
         self.optimizer = self.make_optimizer()
@@ -335,7 +337,8 @@ class Trainer:
         if self.folder is not None and self.world.is_main:
             if not any(line["step"] == self.total and "eval_loss" in line for line in self.folder.history()):
                 self.log(step=self.total, eval_loss=result["loss_after"])
-            if not plot_curves({self.label: self.folder.metrics}, self.folder.path / "loss.png") and not self.quiet:
+            png = self.folder.path / "loss.png"
+            if self.plot and not plot_curves({self.label: self.folder.metrics}, png) and not self.quiet:
                 print("no loss plot: matplotlib is not installed")
         return result
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 SHAPES = {
     "attention": "T=8,H=2,Hkv=1,D=16",
     "attention_decode": "B=2,S=8,H=2,Hkv=1,D=16",
+    "attention_prompts": "T=8,H=4,Hkv=1,D=16,P=3",
     "nf4_linear": "M=16,N=32,K=64",
     "lora_linear": "M=2,N=32,K=64,R=4",
     "nf4_lora_linear": "M=2,N=32,K=64",
@@ -25,6 +26,7 @@ SHAPES = {
     "rms_norm": "M=2,C=32",
     "swiglu": "M=2,F=32",
     "rope": "T=2,H=2,Hkv=1,D=16",
+    "moe_mlp": "M=3,C=128,F=64,E=4,top_k=2",
     "nf4_block_decode_": "C=64,H=2,Hkv=1,FFN=96,S=8,B=2",
     "excitor_keys": "T=3,C=16,H=2,D=8",
 }
@@ -161,7 +163,7 @@ def tiny_preset(monkeypatch):
     return config
 
 
-@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+@pytest.mark.parametrize("method", ["qlora", "lora", "adapter", "full"])
 def test_a_step_of_random_weights(tiny_preset, method, tmp_path, capsys):
     words = ["step", "--method", method, "--tokens", "16", "--batch", "2", "--layers", "1", "--double-quant"]
     assert bench(*words, "--json", str(tmp_path)) == 0, capsys.readouterr().err

@@ -18,17 +18,21 @@ def test_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     returned = demo.run(tmp_path, minutes=0.0, model=SMALL)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == json.loads(json.dumps(returned))
-    assert set(summary["methods"]) == {"lora", "qlora"} == set(demo.METHODS)
+    assert (
+        set(summary["methods"]) == set(demo.METHODS) > {"lora", "qlora", "adapter", "adapter_v2", "excitor", "prompt"}
+    )
+    assert len({method["steps"] for method in summary["methods"].values()}) == 1
     for name, method in summary["methods"].items():
         assert {"trainable", "loss_before", "loss_after", "tokens_per_s", "seconds"} <= set(method)
         assert method["loss_after"] < method["loss_before"], name
-        assert (tmp_path / name / "adapter" / "adapter_model.safetensors").is_file()
-        assert (tmp_path / name / "merged" / "config.json").is_file()
+        assert list((tmp_path / name / "adapter").rglob("adapter_model.safetensors"))
+        assert (tmp_path / name / "merged" / "config.json").is_file() == ("merge_change" in method)
+    assert "merge_change" in summary["methods"]["qlora"]
     assert summary["base"]["loss_after"] < summary["base"]["loss_before"]
     assert summary["base"]["megabytes_nf4"] < summary["base"]["megabytes"]
     assert summary["peak_memory_mb"] > 0
     assert len(summary["samples"]) == 4
-    assert all(set(s) == {"true", "before", "lora", "qlora"} for s in summary["samples"].values())
+    assert all(set(s) == {"true", "before", *demo.SHOWN} for s in summary["samples"].values())
     assert (tmp_path / "loss.png").stat().st_size > 1000
     shown = capsys.readouterr().out
     assert "method" in shown

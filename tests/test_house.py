@@ -99,9 +99,10 @@ PUBLIC = {
         "LlamaConfig", "TrainConfig", "Trainer", "check_training", "generate", "load_tokenizer", "patch", "quantize_",
         "unpatch", "verify",
     ),
-    "llamakern.nn": ("LoRALinear", "NF4Linear", "RMSNorm"),
+    "llamakern.nn": ("LoRALinear", "MoE", "NF4Linear", "RMSNorm"),
     "llamakern.peft": (
-        "LoRAConfig", "Method.attach", "Parts", "activate", "active", "adapters", "apply", "count_trainable",
+        "AdapterConfig", "AdapterV2Config", "ExcitorConfig", "FullConfig", "LoRAConfig", "Method.attach", "Parts",
+        "PromptConfig", "activate", "active", "adapters", "apply", "count_trainable",
         "find_method", "load", "merge", "merge_report", "register", "remove", "save",
     ),
 }  # fmt: skip

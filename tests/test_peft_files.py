@@ -150,17 +150,18 @@ def test_half_precision_files_keep_their_numbers(base, tmp_path, dtype):
         peft.load(Llama.from_pretrained(base), tmp_path / "a")
 
 
-@pytest.mark.parametrize("name", ["adapter-lora", "adapter-dora"])
+@pytest.mark.parametrize("name", sorted(json.loads((FIXTURES / "adapters.json").read_text())))
 def test_the_fixtures_load_for_ever(tmp_path, name):
     model = peft.load(Llama.from_pretrained(FIXTURES / "hf-sharded"), FIXTURES / name).eval()
     got = model(torch.tensor([[1, 5, 9, 2]]))[0, -1].detach()
     want = torch.tensor(json.loads((FIXTURES / "adapters.json").read_text())[name])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     peft.save(model, tmp_path / "again")
-    first, second = load_file(FIXTURES / name / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
-    assert first.keys() == second.keys()
-    for key, tensor in first.items():
-        assert_same_bits(tensor, second[key], key)
+    for file in (FIXTURES / name).rglob(WEIGHTS):
+        first, second = load_file(file), load_file(tmp_path / "again" / file.relative_to(FIXTURES / name))
+        assert first.keys() == second.keys()
+        for key, tensor in first.items():
+            assert_same_bits(tensor, second[key], key)
 
 
 @pytest.mark.parametrize("settings", [*PLAIN.values(), *BIASED.values()], ids=[*PLAIN, *BIASED])

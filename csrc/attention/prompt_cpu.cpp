@@ -5,10 +5,14 @@
 namespace llamakern::LK_ISA {
 namespace {
 
-// out [round_up(P, kTileRows), kStrip] = scale·⟨row p, lane⟩
+// scale = sign(scale)·|scale|, the first part exact; the other one for powers of two.
+inline float sign(float scale) { return std::copysign(1.0f, scale); }
+inline float power(float scale) { return std::fabs(scale) * kLog2e; }
+
+// out [round_up(P, kTileRows), kStrip] = factor·⟨row p, lane⟩
 template <typename W>
 __attribute__((noinline)) void dot_prompts(float* out, const uint32_t* lanes, const uint32_t* rows, int64_t P,
-                                           int64_t words, float scale) {
+                                           int64_t words, float factor) {
   const int64_t ld = round_up(words, kLanes);
   for (int64_t j = 0; j < P; j += kTileRows, out += kTileRows * kStrip, rows += kTileRows * ld) {
     Tile c = {};
@@ -16,16 +20,17 @@ __attribute__((noinline)) void dot_prompts(float* out, const uint32_t* lanes, co
 #pragma GCC unroll 32
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVecs; ++v) store(out + r * kStrip + v * kLanes, c[r][v] * scale);
+      for (int v = 0; v < kTileVecs; ++v) store(out + r * kStrip + v * kLanes, c[r][v] * factor);
   }
 }
 
-// s [P, kStrip] of kLanes lanes, in powers of two, becomes 2^(s - max s); returns their sum.
-Vec weigh(float* s, int64_t P) {
+// s [P, kStrip] of kLanes lanes becomes 2^(scale (s - max s)); returns their sum. The scale is taken of differences: a
+// product with it would round scores of many thousands.
+Vec weigh(float* s, int64_t P, float scale) {
   Vec top = broadcast(-INFINITY), total{};
   for (int64_t j = 0; j < P; ++j) top = max(top, load(s + j * kStrip));
   for (int64_t j = 0; j < P; ++j) {
-    const Vec x = exp2(load(s + j * kStrip) - top);
+    const Vec x = exp2((load(s + j * kStrip) - top) * scale);
     store(s + j * kStrip, x);
     total += x;
   }
@@ -98,11 +103,11 @@ void strip_backward(Room<Words<T>>& room, float* dgate, const typename PackedPro
   const int64_t P = group.in.prompts.P, D = group.in.D, words = ceil_div(D, W::kPer);
   const LaneGates<T> gates(group, strip);
   alignas(64) float o[kStrip];
-  dot_prompts<W>(room.a, s.q, prompt.k, P, words, group.in.scale * kLog2e);
+  dot_prompts<W>(room.a, s.q, prompt.k, P, words, sign(group.in.scale));
   dot_prompts<W>(room.ds, s.dy, prompt.v, P, words, 1.0f);
   for (int lane = 0; lane < kStrip; lane += kLanes) {
     float *a = room.a + lane, *ds = room.ds + lane;  // da, then ds
-    const Vec inverse = 1.0f / weigh(a, P), gate = load(gates.of + lane);
+    const Vec inverse = 1.0f / weigh(a, P, power(group.in.scale)), gate = load(gates.of + lane);
     Vec sum{};
     for (int64_t j = 0; j < P; ++j) sum = fma(load(a + j * kStrip) * inverse, load(ds + j * kStrip), sum);
     for (int64_t j = 0; j < P; ++j) {
@@ -156,11 +161,11 @@ void add_prompts(float* o, float* divisor, const uint32_t* q, const PackedPrompt
   if (!open) return;
   Scratch<float> a(round_up(P, kTileRows) * kStrip);
   Scratch<uint32_t> weights(words * kStrip);
-  dot_prompts<W>(a, q, prompt.k, P, ceil_div(D, W::kPer), group.in.scale * kLog2e);
+  dot_prompts<W>(a, q, prompt.k, P, ceil_div(D, W::kPer), sign(group.in.scale));
   for (int lane = 0; lane < kStrip; lane += kLanes) {
     const Vec by = load(divisor + lane), sum = where(by == Vec{}, broadcast(1.0f), by);
     store(divisor + lane, sum);
-    const Vec factor = load(gates.of + lane) * sum / weigh(a + lane, P);
+    const Vec factor = load(gates.of + lane) * sum / weigh(a + lane, P, power(group.in.scale));
     for (int64_t j = 0; j < P; ++j) store(a + j * kStrip + lane, load(a + j * kStrip + lane) * factor);
   }
   join_prompts<W>(weights, a, P);

@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `bench step` and `bench generate`."""
     parser.add_argument("--preset", choices=PRESETS, default="llama3.2-1b", metavar="NAME", help="sizes (%(default)s)")
     parser.add_argument("--layers", type=int, help="so many of the preset's")
-    parser.add_argument("--method", choices=("qlora", "lora", "full"), default="qlora", help="of step (%(default)s)")
+    parser.add_argument(
+        "--method", choices=("qlora", "lora", "adapter", "full"), default="qlora", help="of step (%(default)s)"
+    )
     parser.add_argument("--rank", type=int, default=16, help="of LoRA (%(default)s)")
     parser.add_argument("--double-quant", action="store_true", help="quantise the scales too")
     parser.add_argument("--quantize-head", action="store_true", help="lm_head in 4 bits too")

@@ -52,7 +52,8 @@ def make_trainer(config, arguments, dtype: torch.dtype) -> Trainer:
     model = random_model(config, dtype, nf4=arguments.method == "qlora", double_quant=arguments.double_quant,
                          head=arguments.quantize_head)  # fmt: skip
     if arguments.method != "full":
-        peft.apply(model, peft.LoRAConfig(rank=arguments.rank, alpha=2 * arguments.rank))
+        lora = peft.LoRAConfig(rank=arguments.rank, alpha=2 * arguments.rank)
+        peft.apply(model, peft.AdapterConfig() if arguments.method == "adapter" else lora)
     model.checkpoint_activations = arguments.checkpoint_activations
     length = arguments.tokens // arguments.batch + 1  # of the last token only the label counts
     if length < 2:
@@ -66,7 +67,10 @@ def make_trainer(config, arguments, dtype: torch.dtype) -> Trainer:
 
 
 def step_flops(config, tokens: int, batch: int, method: str) -> int:
-    """What the formulas need. Frozen weights have no dw; LoRA's own matmuls and recomputation are left out."""
+    """What the formulas need. Frozen weights have no dw; a method's own matmuls and recomputation are left out.
+
+    That the lowest layers of LLaMA-Adapter have no backward is left out too.
+    """
     linears = matmul_weights(config)
     attention = config.n_layers * config.n_heads * config.head_dim * (tokens // batch)  # causal: half of two matmuls
     passes = 3 if method == "full" else 2

@@ -196,7 +196,7 @@ class PromptAttention(nn.Module):
             return self.project(rows, dtype, linears)
         weights = [linear.weight for linear in linears]
         trained = [rows, *(t for linear in linears for t in linear.trained)]
-        now = (dtype, torch.is_autocast_enabled("cpu"), *((id(w), w.data_ptr(), version(w)) for w in weights))
+        now = (dtype, torch.is_autocast_enabled("cpu"), *((id(w), version(w)) for w in weights))
         if self._kept is None or self._kept[0] != now or not all(map(same, self._kept[1], trained)):
             self._kept = now, [t.clone() for t in trained], weights, self.project(rows, dtype, linears)
         return self._kept[-1]
