@@ -137,7 +137,7 @@ Two excitor_keys(const Tensor& x, const Tensor& k_, const Tensor& lora_a, const 
                      .k = heads<const T>(k),
                      .beside = beside};
     join_rows(p.in, p.y, p.k);
-    run(p);
+    run(p, x);
   });
   return {y, z};
 }
@@ -172,7 +172,7 @@ Six excitor_keys_backward(const Tensor& dy_, const Tensor& x, const Tensor& z_, 
                              .x_row = in.x.stride,
                              .z = cptr<float>(z)};
     join_rows(p.in, p.dy);
-    run(p);
+    run(p, x);
   });
   return {dx, da, db, dprompts, dprompts_v, dgate};
 }
@@ -190,7 +190,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamakern, m) {
       "bool want_dx) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llamakern, CPU, m) {
+LK_REGISTER(m) {
   LK_IMPL(m, "excitor_keys", excitor_keys);
   m.impl("excitor_keys_backward", TORCH_BOX(&excitor_keys_backward));
 }

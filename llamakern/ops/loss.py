@@ -25,7 +25,8 @@ def linear_cross_entropy(
     """F.cross_entropy(h @ w_head.T, labels): the logits appear block by block, never all at once.
 
     For a gradient with "mean" or "sum" the probabilities of one chunk of tokens are kept while it is worked on: at most
-    32 MiB, or the size of dW where a bfloat16 w_head trains, twice that in float16.
+    32 MiB, or the size of dW where a bfloat16 w_head trains, twice that in float16. On a GPU at most 256 MiB, or
+    twice the size of dW where a 16-bit w_head trains.
 
     Labels are already shifted: labels[m] is the token that h[m] must predict, or ignore_index. The mean is over the
     labels that are not ignored; where all are, it is nan, as in torch. Ignored tokens cost no time, and their gradient
