@@ -210,6 +210,15 @@ def test_strided_prompts():
     assert_same_bits(whole, want)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 4, 2, 1, 8, 3), (2, 0, 5, 2, 1, 8, 3), (0, 40, 40, 2, 1, 8, 3)])
+@pytest.mark.parametrize("own", [False, True])
+def test_empty(shape, own, dtype):
+    inputs = make_inputs(*shape, dtype, own=own)
+    y = with_prompts(ops.attention)(*inputs)
+    for grad, t in zip(torch.autograd.grad(y.sum(), inputs), inputs, strict=True):
+        assert_same_bits(grad, torch.zeros_like(t))
+
+
 def test_many_groups_are_summed_in_waves():
     """More groups than one wave of the backward, which ends within a sequence: the gradients are the sums of all."""
     n, P, H = 1000, 64, 3
