@@ -39,15 +39,16 @@ compat: env
 	  PYTHONPATH=build/compat/$$v $(VENV)/python -m pytest -p no:cacheprovider $(wildcard tests/test_patch*.py) || exit 1; \
 	done
 
+CPP := 'csrc/*' 'bindings/*' 'host_cuda/*' 'tests/neon/*' 'tests/host_cuda/*'
 lint: $(READY)
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	$(VENV)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'bindings/*' 'tests/neon/*' | grep -E '\.(h|cpp)$$')
+	$(VENV)/clang-format --dry-run --Werror $$(git ls-files $(CPP) | grep -E '\.(h|cpp|cu|cuh)$$')
 
 format: $(READY)
 	$(VENV)/ruff check --fix -q .
 	$(VENV)/ruff format -q .
-	$(VENV)/clang-format -i $$(git ls-files 'csrc/*' 'bindings/*' 'tests/neon/*' | grep -E '\.(h|cpp)$$')
+	$(VENV)/clang-format -i $$(git ls-files $(CPP) | grep -E '\.(h|cpp|cu|cuh)$$')
 
 # All tables, curves and pictures, and one page of them: make bench RESULTS=benchmarks/results/mine keeps them.
 RESULTS ?= build/results
@@ -65,6 +66,7 @@ bench-models: env
 	$(VENV)/python benchmarks/bench_generate.py --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method qlora --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method lora --json $(RESULTS) --plot
+	$(VENV)/python benchmarks/bench_train.py --method adapter --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method qlora --curve --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_transformers.py --json $(RESULTS)/transformers.json
 	$(VENV)/python benchmarks/report.py $(RESULTS) > $(RESULTS)/README.md

@@ -80,7 +80,7 @@ Mask make_mask(const Door& door, const MaybeTensor& mask, const Tensor& q, const
   check(fits, op, ": ", name, " must be broadcastable to [", want[0], ", ", want[1], ", ", want[2], ", ", want[3],
         "], got ", shape_text(mask->sizes()));
   Mask m{.kind = Mask::kBool,
-         .data = mask->const_data_ptr(),
+         .data = cptr<char>(*mask),
          .batch = stride[0],
          .head = stride[1],
          .token = stride[2],

@@ -102,6 +102,24 @@ void give_back(Machine& m) {
   idle_machines.push_back(&m);
 }
 
+void Machine::sort_regions() {
+  std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
+  std::fill(hot, hot + 64, nullptr);
+}
+
+// Fills what the last block used of shared memory with NaN, which is 0xff in every float format; or all of it where its
+// accesses are not seen.
+void Machine::clear_shared() {
+  const bool seen = std::any_of(regions.begin(), regions.end(), [](const Region& r) { return r.used; });
+  for (const Region& r : regions) {
+    if (r.kind == Region::kShared && (r.used || !seen)) {
+      std::memset(reinterpret_cast<void*>(r.begin), 0xff, r.end - r.begin);
+    }
+    r.used = false;
+  }
+  std::fill(hot, hot + 64, nullptr);  // so that the first use is seen
+}
+
 void Machine::run_block() {
   returned = 0;
   idle = 0;
@@ -133,9 +151,7 @@ void Machine::run_block() {
     std::fill(top - kSavedWords, top, nullptr);
     top[kSavedReturn - kSavedWords] = reinterpret_cast<void*>(fiber_main);
   }
-  for (const Region& r : regions) {  // NaN in every float format
-    if (r.kind == Region::kShared) std::memset(reinterpret_cast<void*>(r.begin), 0xff, r.end - r.begin);
-  }
+  clear_shared();
   now = &fibers[0];
   if (random) now = any();
   host_switch(&main_top, now->top);
@@ -175,18 +191,25 @@ inline Fiber* Machine::next(const Fiber& self, bool waits) {
   return own ? &fibers[32 * self.warp + __builtin_ctz(own)] : nullptr;
 }
 
-// The running fiber may not go on: another one does.
+// The running fiber may not go on: another one does. Mostly a lane of the same warp, by a short way.
 void Machine::wait_for(const char* what) {
   Fiber& self = *now;
   self.waits = what;
-  warp[self.warp].ready &= ~(1u << self.lane);
   idle = 0;
+  const unsigned own = warp[self.warp].ready &= ~(1u << self.lane), later = own & ~1u << self.lane;
+  if (!later || random) return wait_for_others();
+  now = &fibers[32 * self.warp + __builtin_ctz(later)];
+  now->waits = nullptr;
+  return host_switch(&self.top, now->top);  // a tail call: each return would be mispredicted
+}
+
+void Machine::wait_for_others() {
+  Fiber& self = *now;
   do {
     if (Fiber* const other = next(self, true)) {
       now = other;
       now->waits = nullptr;
-      return now == &self ? void()
-                          : host_switch(&self.top, now->top);  // a tail call: each return would be mispredicted
+      return now == &self ? void() : host_switch(&self.top, now->top);
     }
   } while (land_bulk_copy());  // they take as long as they may: until nobody can go on without them
   if (returned == threads) host_switch(&self.top, main_top);

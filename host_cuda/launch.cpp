@@ -43,13 +43,13 @@ void prepare(Machine& m, LaunchState& launch, const std::vector<Region>& buffers
   m.threads = launch.grid->threads.x * launch.grid->threads.y * launch.grid->threads.z;
   m.warps = (m.threads + 31) / 32;
   m.fault.clear();
-  std::fill(m.hot, m.hot + 64, nullptr);
   m.regions = static_shared();
   const auto dynamic = reinterpret_cast<uintptr_t>(m.dynamic);
   const size_t bytes = launch.grid->shared_bytes;
   m.regions.push_back(
       {dynamic, dynamic + bytes, "dynamic shared memory", Region::kShared, m.dynamic_shadow, dynamic, bytes});
   m.regions.insert(m.regions.end(), buffers.begin(), buffers.end());
+  m.sort_regions();
   if (traffic_wanted() && !m.traffic) m.traffic = new Traffic;
 }
 
@@ -86,16 +86,22 @@ void run(const Grid& grid) {
     }
     if (m.traffic) m.traffic->flush_all();
     m.regions.clear();
-    if (!m.fault.empty()) {
-      next = blocks;
-      const std::lock_guard lock(launch.mutex);
-      if (fault.empty()) fault = m.fault;
-    }
+    if (!m.fault.empty()) next = blocks;
+    const std::lock_guard lock(launch.mutex);
+    if (fault.empty()) fault = m.fault;
     give_back(m);
   };
+  const auto work_or_report = [&] {
+    try {
+      work();
+    } catch (const std::exception& e) {
+      const std::lock_guard lock(launch.mutex);
+      fault = e.what();
+    }
+  };
   std::vector<std::thread> helpers;
-  for (int i = 1; i < launch.os_threads; ++i) helpers.emplace_back(work);
-  work();
+  for (int i = 1; i < launch.os_threads; ++i) helpers.emplace_back(work_or_report);
+  work_or_report();
   for (std::thread& t : helpers) t.join();
   if (!fault.empty()) throw std::runtime_error(fault);
 }

@@ -126,6 +126,7 @@ struct Region {
   Shadow shadow;
   uintptr_t data;                                            // of the buffer it is a part of
   size_t bytes;                                              // of that buffer
+  mutable bool used = false;                                 // by this block
   uintptr_t origin() const { return data & ~uintptr_t{3}; }  // where the shadow begins
 };
 
@@ -154,8 +155,7 @@ struct Machine {  // one for each OS thread
   char* dynamic = nullptr;  // dynamic shared memory
   Shadow dynamic_shadow = {};
   std::string fault;
-  std::vector<Region> regions;  // static shared, dynamic shared, global, constants
-  size_t static_regions = 0;
+  std::vector<Region> regions;  // by address
   const Region* hot[64] = {};
   std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
   Warp warp[kMaxWarps];
@@ -171,6 +171,8 @@ struct Machine {  // one for each OS thread
   Traffic* traffic = nullptr;
 
   void run_block();
+  void sort_regions();
+  void clear_shared();
   void wait_for(const char* what);
   void give_way(bool changed);
   void finish();
@@ -186,6 +188,7 @@ struct Machine {  // one for each OS thread
  private:
   Fiber* next(const Fiber& self, bool waits);
   Fiber* any();
+  void wait_for_others();
 };
 
 // The machine whose fiber is running, from the address of its stack: no thread_local, whose address costs a call in a
@@ -207,7 +210,7 @@ std::string stack_text(const Fiber& waiting);
 
 // order.cpp
 bool knows(const Machine&, uint64_t access);  // through fences and atomics
-struct AtomicOrder {                            // lives around an atomic at p
+struct AtomicOrder {                          // lives around an atomic at p
   explicit AtomicOrder(uintptr_t p);
   std::unique_lock<std::mutex> lock;
 };

@@ -25,12 +25,11 @@ Meeting& join(Warp& w, const char* operation, unsigned mask, int lane) {
 
 }  // namespace
 
-void meet(const char* operation, unsigned mask, void* mine, Meaning meaning) {
+static void meet_first_or_last(const char* operation, unsigned mask, void* mine, Meaning meaning) {
   Machine& m = *running();
   Fiber& f = *m.now;
   Warp& w = m.warp[f.warp];
   const unsigned bit = 1u << f.lane;
-  if (!meaning && mutating && left_out(operation, HOST_SITE)) return;
   if (!(mask & bit)) fail("%s: mask 0x%08x does not name the calling lane %d", operation, mask, f.lane);
   mask &= w.exists;
   w.brought[f.lane] = mine;
@@ -46,6 +45,21 @@ void meet(const char* operation, unsigned mask, void* mine, Meaning meaning) {
   }
   w.ready |= mask;
   if (m.traffic && mask == w.exists) m.traffic->flush(f.warp);
+}
+
+// Most lanes find the meeting begun and leave it open: a short way for them, which saves no registers.
+void meet(const char* operation, unsigned mask, void* mine, Meaning meaning) {
+  if (!meaning && mutating && left_out(operation, HOST_SITE)) return;
+  Machine& m = *running();
+  Fiber& f = *m.now;
+  Warp& w = m.warp[f.warp];
+  Meeting& meeting = w.meetings[0];
+  const unsigned arrived = meeting.arrived | 1u << f.lane;
+  const bool between = w.open == 1 && meeting.operation == operation && meeting.mask == mask && mask >> f.lane & 1;
+  if (!between || arrived == mask) return meet_first_or_last(operation, mask, mine, meaning);
+  meeting.arrived = arrived;
+  w.brought[f.lane] = mine;
+  return m.wait_for(operation);
 }
 
 // ---- barriers -------------------------------------------------------------------------------------------------------
@@ -88,8 +102,7 @@ void Machine::release(Barrier& b) {
   std::fill(b.clock, b.clock + warps, 0);
 }
 
-void barrier_sync(int id, int threads) {
-  if (mutating && left_out("barrier_sync", HOST_SITE)) return;
+static void sync(int id, int threads) {
   Barrier& b = arrive_at(id, threads);
   Machine& m = *running();
   b.waiting[m.now->warp] |= 1u << m.now->lane;
@@ -97,14 +110,18 @@ void barrier_sync(int id, int threads) {
   m.release(b);
 }
 
+void barrier_sync(int id, int threads) {
+  if (mutating && left_out(id == 0 ? "__syncthreads" : "barrier_sync", HOST_SITE)) return;
+  return sync(id, threads);
+}
+
 // How many threads of the block bring a predicate that holds.
 int barrier_count(bool predicate) {
-  Machine& m = *running();
-  Barrier& b = m.barrier[0];
+  Barrier& b = running()->barrier[0];
   int& count = b.count[b.round % 2];  // nobody starts the round after the next one before all have read this one
   if (b.arrived == 0) count = 0;
   count += predicate;
-  barrier_sync(0, kWholeBlock);
+  sync(0, kWholeBlock);
   return count;
 }
 

@@ -55,49 +55,48 @@ std::map<size_t, std::vector<Cell*>> spare;  // shadows, by bytes: all that they
 std::mutex spare_mutex;
 
 struct Entry {
-  Region region;  // a buffer, or what is left of one that others cut into
-  bool kept;      // by remember
-  int users;      // Buffers
+  Region region;
+  bool kept;  // by remember
+  int users;  // Buffers
 };
-std::map<uintptr_t, Entry> buffers;  // by begin; they do not overlap
-std::mutex buffers_mutex;
+std::vector<Entry> entries;  // in the order in which they came
+std::mutex entries_mutex;
 
-// Cuts begin ... end out of what is registered. Buffers may overlap as views do; what remember entered was freed since.
-void cut(uintptr_t begin, uintptr_t end) {
-  auto i = buffers.upper_bound(begin);
-  if (i != buffers.begin()) --i;
-  while (i != buffers.end() && i->first < end) {
-    const Entry old = i->second;
-    if (old.region.end <= begin) {
-      ++i;
-      continue;
-    }
-    i = buffers.erase(i);
-    if (old.users == 0) continue;
-    Entry left = old, right = old;
-    left.region.end = begin, right.region.begin = end;
-    if (left.region.begin < begin) buffers.emplace(left.region.begin, left);
-    if (end < right.region.end) buffers.emplace(end, right);
-  }
-}
-
+// A new entry, or the known one for the same memory. What remember entered for a part of it was freed since.
 Entry& enter(const void* pointer, size_t bytes, const char* name) {
   const auto data = reinterpret_cast<uintptr_t>(pointer);
-  const auto known = buffers.find(data);
-  if (known != buffers.end() && known->second.region.data == data && known->second.region.end == data + bytes) {
-    known->second.region.name = name;
-    return known->second;
+  for (Entry& e : entries) {
+    if (e.region.data != data || e.region.bytes != bytes) continue;
+    e.region.name = name;
+    return e;
   }
-  cut(data, data + bytes);
+  std::erase_if(entries,
+                [&](const Entry& e) { return e.users == 0 && e.region.begin < data + bytes && data < e.region.end; });
   const Region region{data, data + bytes, name, Region::kGlobal, new_shadow(data, bytes), data, bytes};
-  return buffers.emplace(data, Entry{region, false, 0}).first->second;
+  return entries.emplace_back(Entry{region, false, 0});
 }
 
 template <typename Goes>
 void remove(const void* pointer, Goes goes) {
   const auto data = reinterpret_cast<uintptr_t>(pointer);
-  for (auto i = buffers.begin(); i != buffers.end();) {
-    i = i->second.region.data == data && goes(i->second) ? buffers.erase(i) : std::next(i);
+  for (auto i = entries.begin(); i != entries.end();) {
+    i = i->region.data == data && goes(*i) ? entries.erase(i) : i + 1;
+  }
+}
+
+using Pieces = std::map<uintptr_t, Region>;  // by begin; they do not overlap
+
+void cut(Pieces& pieces, uintptr_t begin, uintptr_t end) {
+  auto i = pieces.upper_bound(begin);
+  if (i != pieces.begin()) --i;
+  while (i != pieces.end() && i->first < end) {
+    const Region old = i->second;
+    i = old.end <= begin ? std::next(i) : pieces.erase(i);
+    if (old.end <= begin) continue;
+    Region left = old, right = old;
+    left.end = begin, right.begin = end;
+    if (left.begin < begin) pieces.emplace(left.begin, left);
+    if (end < right.end) pieces.emplace(end, right);
   }
 }
 
@@ -125,30 +124,36 @@ Shadow new_shadow(uintptr_t data, size_t bytes) {
 
 void remember(const void* data, size_t bytes, const char* name) {
   if (!bytes) return;
-  const std::lock_guard lock(buffers_mutex);
+  const std::lock_guard lock(entries_mutex);
   enter(data, bytes, name).kept = true;
 }
 
 void forget(const void* data) {
-  const std::lock_guard lock(buffers_mutex);
+  const std::lock_guard lock(entries_mutex);
   remove(data, [](Entry&) { return true; });
 }
 
-Buffer::Buffer(const void* p, size_t bytes, const char* name) : data(p) {
+Buffer::Buffer(const void* p, size_t bytes, const char* name) : data(bytes ? p : nullptr) {
   if (!bytes) return;
-  const std::lock_guard lock(buffers_mutex);
+  const std::lock_guard lock(entries_mutex);
   ++enter(p, bytes, name).users;
 }
 
 Buffer::~Buffer() {
-  const std::lock_guard lock(buffers_mutex);
-  remove(data, [](Entry& e) { return --e.users <= 0 && !e.kept; });
+  const std::lock_guard lock(entries_mutex);
+  remove(data, [](Entry& e) { return e.users > 0 && --e.users == 0 && !e.kept; });
 }
 
+// Where entries overlap, as views of a buffer do, the later one counts.
 std::vector<Region> registered() {
-  const std::lock_guard lock(buffers_mutex);
+  const std::lock_guard lock(entries_mutex);
+  Pieces pieces;
+  for (const Entry& e : entries) {
+    cut(pieces, e.region.begin, e.region.end);
+    pieces.emplace(e.region.begin, e.region);
+  }
   std::vector<Region> all;
-  for (const auto& [begin, entry] : buffers) all.push_back(entry.region);
+  for (const auto& [begin, region] : pieces) all.push_back(region);
   return all;
 }
 

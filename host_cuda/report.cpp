@@ -42,9 +42,13 @@ std::string plain_name(std::string f) {
   return f.substr(begin, end - begin);
 }
 
-std::string without_namespaces(const std::string& f) {
-  const size_t at = f.substr(0, f.find('<')).rfind(':');
-  return at == f.npos ? f : f.substr(at + 1);
+std::string without_namespaces(std::string f) {
+  for (size_t at; (at = f.find("::")) != f.npos;) {
+    size_t begin = at;
+    while (begin > 0 && (std::isalnum(static_cast<unsigned char>(f[begin - 1])) || f[begin - 1] == '_')) --begin;
+    f.erase(begin, at + 2 - begin);
+  }
+  return f;
 }
 
 bool ours(const std::string& function, const std::string& line) {
@@ -85,7 +89,8 @@ void read_lines(const char* file, uintptr_t bias, const std::vector<uintptr_t>& 
     std::string line = buffer;
     line = line.substr(line.rfind('/') + 1);
     line = line.substr(0, line.find_first_of(" \n"));
-    if (!ours(function, line) && function != last) *text += (text->empty() ? "" : " < ") + without_namespaces(function) + " " + line;
+    if (!ours(function, line) && function != last)
+      *text += (text->empty() ? "" : " < ") + without_namespaces(function) + " " + line;
     last = function;  // the parts of a split function stand inside one another
   }
   std::free(buffer);

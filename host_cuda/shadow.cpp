@@ -100,10 +100,12 @@ __attribute__((always_inline)) inline void touch_word(Access& a, uintptr_t begin
 const Region* find(Machine& m, uintptr_t p) {
   const Region*& hot = m.hot[(p >> 8) % 64];
   if (hot && p >= hot->begin && p < hot->end) return hot;
-  for (const Region& r : m.regions) {
-    if (p >= r.begin && p < r.end) return hot = &r;
-  }
-  return nullptr;
+  const auto behind =
+      std::upper_bound(m.regions.begin(), m.regions.end(), p, [](uintptr_t p, const Region& r) { return p < r.begin; });
+  if (behind == m.regions.begin() || p >= behind[-1].end) return nullptr;
+  hot = &behind[-1];
+  hot->used = true;
+  return hot;
 }
 
 [[noreturn]] void outside(Machine& m, uintptr_t p, unsigned bytes, const char* verb) {
@@ -132,8 +134,8 @@ const Region* find(Machine& m, uintptr_t p) {
   if (!global) return true;
   Region constants;
   if (!read || !constant_region(p, constants)) return false;
-  std::fill(m.hot, m.hot + 64, nullptr);
   m.regions.push_back(constants);
+  m.sort_regions();
   return true;
 }
 
@@ -183,14 +185,17 @@ __attribute__((always_inline)) inline void hook(void* p, unsigned bytes, unsigne
 }
 
 // Threads may wait for one another by volatile accesses.
-template <Kind kind>
-void volatile_hook(void* address, unsigned bytes, uintptr_t site) {
+void volatile_access(Kind kind, void* address, unsigned bytes, uintptr_t site) {
   Machine* const m = running();
   const auto p = reinterpret_cast<uintptr_t>(address);
   if (!m || p - m->stacks < kStacks) return;
-  if (checks) check<kind>(*m, p, bytes, bytes, site);
+  check_access(kind, p, bytes, bytes, site);
   if (reads(kind)) m->give_way(false);
   const AtomicOrder order(p);
+}
+
+void unaligned_access(Kind kind, void* p, unsigned bytes, uintptr_t site) {
+  if (running()) check_access(kind, reinterpret_cast<uintptr_t>(p), bytes, 1, site);
 }
 
 }  // namespace
@@ -222,25 +227,17 @@ void update(void* to, unsigned bytes) {
 }  // namespace host
 
 // What -fsanitize=thread calls before each access.
-#define HOST_HOOK(name, kind, bytes, alignment) \
-  extern "C" HOST_HIDDEN void __tsan_##name(void* p) { host::hook<host::Kind::kind>(p, bytes, alignment, HOST_SITE); }
-#define HOST_HOOKS(bytes)                                                       \
-  HOST_HOOK(read##bytes, kRead, bytes, bytes)                                   \
-  HOST_HOOK(write##bytes, kWrite, bytes, bytes)                                 \
-  HOST_HOOK(unaligned_read##bytes, kRead, bytes, 1)                             \
-  HOST_HOOK(unaligned_write##bytes, kWrite, bytes, 1)                           \
-  extern "C" HOST_HIDDEN void __tsan_volatile_read##bytes(void* p) {            \
-    host::volatile_hook<host::Kind::kAtomicRead>(p, bytes, HOST_SITE);          \
-  }                                                                             \
-  extern "C" HOST_HIDDEN void __tsan_volatile_write##bytes(void* p) {           \
-    host::volatile_hook<host::Kind::kAtomicWrite>(p, bytes, HOST_SITE);         \
-  }                                                                             \
-  extern "C" HOST_HIDDEN void __tsan_unaligned_volatile_read##bytes(void* p) {  \
-    host::volatile_hook<host::Kind::kAtomicRead>(p, bytes, HOST_SITE);          \
-  }                                                                             \
-  extern "C" HOST_HIDDEN void __tsan_unaligned_volatile_write##bytes(void* p) { \
-    host::volatile_hook<host::Kind::kAtomicWrite>(p, bytes, HOST_SITE);         \
-  }
+#define HOST_HOOK(name, call) \
+  extern "C" HOST_HIDDEN void __tsan_##name(void* p) { host::call; }
+#define HOST_HOOKS(bytes)                                                                             \
+  HOST_HOOK(read##bytes, hook<host::Kind::kRead>(p, bytes, bytes, HOST_SITE))                         \
+  HOST_HOOK(write##bytes, hook<host::Kind::kWrite>(p, bytes, bytes, HOST_SITE))                       \
+  HOST_HOOK(unaligned_read##bytes, unaligned_access(host::Kind::kRead, p, bytes, HOST_SITE))          \
+  HOST_HOOK(unaligned_write##bytes, unaligned_access(host::Kind::kWrite, p, bytes, HOST_SITE))        \
+  HOST_HOOK(volatile_read##bytes, volatile_access(host::Kind::kAtomicRead, p, bytes, HOST_SITE))      \
+  HOST_HOOK(volatile_write##bytes, volatile_access(host::Kind::kAtomicWrite, p, bytes, HOST_SITE))    \
+  HOST_HOOK(unaligned_volatile_read##bytes, unaligned_access(host::Kind::kRead, p, bytes, HOST_SITE)) \
+  HOST_HOOK(unaligned_volatile_write##bytes, unaligned_access(host::Kind::kWrite, p, bytes, HOST_SITE))
 HOST_HOOKS(1)
 HOST_HOOKS(2)
 HOST_HOOKS(4)
@@ -249,15 +246,14 @@ HOST_HOOKS(16)
 
 extern "C" {
 HOST_HIDDEN void __tsan_read_range(void* p, size_t bytes) {
-  host::hook<host::Kind::kRead>(p, unsigned(bytes), 1, HOST_SITE);
+  host::unaligned_access(host::Kind::kRead, p, unsigned(bytes), HOST_SITE);
 }
 HOST_HIDDEN void __tsan_write_range(void* p, size_t bytes) {
-  host::hook<host::Kind::kWrite>(p, unsigned(bytes), 1, HOST_SITE);
+  host::unaligned_access(host::Kind::kWrite, p, unsigned(bytes), HOST_SITE);
 }
-// The guard of a function's static in host code beside the kernels.
-HOST_HIDDEN unsigned char __tsan_atomic8_load(const unsigned char* p, int) {
-  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
-}
+// The guard of a function's static in host code beside the kernels: a byte on x86, a word on Arm.
+HOST_HIDDEN uint8_t __tsan_atomic8_load(const uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+HOST_HIDDEN uint64_t __tsan_atomic64_load(const uint64_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 HOST_HIDDEN void __tsan_init() {}
 HOST_HIDDEN void __tsan_func_entry(void*) {}
 HOST_HIDDEN void __tsan_func_exit() {}

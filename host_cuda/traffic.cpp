@@ -147,7 +147,8 @@ void Traffic::note(Machine& m, bool shared, uintptr_t p, unsigned bytes, uintptr
   w.last[l] = g;
 }
 
-// The compiler takes the load of a float4 apart: all lanes then go on, at another instruction, where they have just been.
+// The compiler takes the load of a float4 apart: all lanes then go on, at another instruction, where they have just
+// been.
 void Traffic::link(Group& group) {
   Group* before = nullptr;
   for (int l = 0; l < 32; ++l) {

@@ -12,8 +12,8 @@ struct Range {
   unsigned bytes;
 };
 
-// Collects the accesses of a machine's warps. The n-th access of a lane at an instruction since the warp's lanes last met
-// goes with the n-th of the other lanes.
+// Collects the accesses of a machine's warps. The n-th access of a lane at an instruction since the warp's lanes last
+// met goes with the n-th of the other lanes.
 class Traffic {
  public:
   void note(Machine& m, bool shared, uintptr_t p, unsigned bytes, uintptr_t site);

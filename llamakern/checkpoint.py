@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from llamakern.checkpoint_gguf import GGUFFile
-from llamakern.checkpoint_hf import DTYPES, HuggingFaceFolder, cached_snapshot
+from llamakern.checkpoint_hf import DTYPES, HuggingFaceFolder, cached_snapshot, read_json
 from llamakern.checkpoint_llama2c import Llama2cFile
 from llamakern.checkpoint_meta import MetaFolder
+from llamakern.checkpoint_meta4 import MetaLlama4Folder
+from llamakern.checkpoint_moe import expect_packed, place_stack
 from llamakern.model import Llama
+from llamakern.moe import NF4Experts, Router
 from llamakern.nn import NF4Linear, large_pages_
 
 FORMATS = (
@@ -54,11 +57,17 @@ def from_pretrained(path, *, quantize=None, quantize_head=False, double_quant=Fa
             model = Llama(source.config)
     except RuntimeError as e:  # sizes whose product overflows
         raise ValueError(f"checkpoint: {path} must have sizes of a model, got {source.config}") from e
+    expect_packed(model, source.shapes)
+    stacks = getattr(source, "stacks", {})
     matches = match_keys(model, source)
     for name in sorted(matches, key=lambda name: -math.prod(source.shapes[matches[name]])):
         stored = matches[name]  # the largest first: while it is read and copied, little else is held
         packs = quantize is not None and (name.startswith("layers.") or (quantize_head and name == HEAD))
-        place(model, name, source.read(stored), double_quant if packs else None, dtype or source.dtype)
+        how = double_quant if packs else None, dtype or source.dtype
+        if stored in stacks:
+            place_stack(model, name, stacks[stored], *how)
+        else:
+            place(model, name, source.read(stored), *how)
     model.tie_weights()
     if quantize_head and type(model.lm_head) is nn.Linear:
         model.lm_head = NF4Linear.from_weight(model.lm_head.weight, double_quant=double_quant)
@@ -79,13 +88,22 @@ def open_source(path):
     if (root / "config.json").is_file():
         return HuggingFaceFolder(root)
     if (root / "params.json").is_file() or any(root.glob("consolidated.*.pth")):
-        return MetaFolder(root)
+        return (MetaLlama4Folder if has_experts(root) else MetaFolder)(root)
     files = (file for suffix in FILES for file in sorted(root.glob(f"*{suffix}")))
     found = [file for file in files if not file.name.startswith("tok")]  # not llama2.c's tokenizer
     if len(found) == 1:
         return FILES[found[0].suffix](found[0])
     got = ", ".join(file.name for file in found or sorted(root.iterdir())[:8]) or "an empty folder"
     raise FileNotFoundError(f"checkpoint: path must be {FORMATS}, got {root} with {got}")
+
+
+def has_experts(folder: Path) -> bool:
+    """Whether Meta's params.json tells of a LLaMA 4."""
+    if not (folder / "params.json").is_file():
+        return False
+    params = read_json(folder / "params.json")
+    params = params.get("model", params)
+    return isinstance(params, dict) and isinstance(params.get("moe_args"), dict)
 
 
 def match_keys(model: Llama, source) -> dict[str, str]:
@@ -116,20 +134,24 @@ def same(a: Tensor | NF4Linear, b: Tensor | NF4Linear) -> bool:
 
 def place(model: Llama, name: str, tensor: Tensor | NF4Linear, double_quant: bool | None, dtype: torch.dtype | None):
     """Puts one tensor where the meta-device model wants it, packed first unless double_quant is None."""
-    path, _, part = name.rpartition(".")
+    path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
+    packs = leaf == "weight" and isinstance(module, nn.Linear) and not isinstance(module, Router)
     if isinstance(tensor, NF4Linear) and double_quant and not tensor.double_quant:
         raise ValueError(f"checkpoint: double_quant must be False where weights are packed already, got {name}")
-    if part == "weight" and double_quant is not None and isinstance(tensor, Tensor) and isinstance(module, nn.Linear):
+    if double_quant is not None and isinstance(tensor, Tensor) and packs:
         tensor = NF4Linear.from_weight(tensor, double_quant=double_quant)
+        tensor.bias = module.bias
     if isinstance(tensor, NF4Linear):
-        if not isinstance(module, nn.Linear):
+        if not packs:
             raise ValueError(f"checkpoint: {name} must be dense, got a packed NF4 weight")
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, tensor)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, tensor)
+    elif isinstance(module, NF4Experts):
+        setattr(module, leaf, nn.Parameter(tensor.clone(), requires_grad=False))
     else:
         own = tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)  # not the file's pages
-        setattr(module, part, nn.Parameter(own))
+        setattr(module, leaf, nn.Parameter(own))
 
 
 def shorten(names) -> str:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llamakern import checkpoint_moe
 from llamakern.checkpoint_nf4 import STATE, SUFFIXES, parse_state, unpack
 from llamakern.config import LlamaConfig
 from llamakern.nn import NF4Linear
@@ -30,6 +31,7 @@ class HuggingFaceFolder:
         self.path = path
         config = read_json(path / "config.json")
         self.config = LlamaConfig.from_hf(config)
+        config = config.get("text_config", {}) | config if config.get("model_type") == "llama4" else config
         self.dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
         check_quantization(path, config.get("quantization_config") or {})
         stored = {}  # key -> (file, shape)
@@ -40,17 +42,20 @@ class HuggingFaceFolder:
         for state in [key for key in stored if key.endswith(STATE)]:
             key = state.removesuffix(STATE)
             group = [suffix for suffix in SUFFIXES if key + suffix in stored]
-            self.packed[parameter_name(key)] = {s: (stored.pop(key + s)[0], key + s) for s in group}
+            self.packed[self._name(key)] = {s: (stored.pop(key + s)[0], key + s) for s in group}
         for name, parts in self.packed.items():
             if "" not in parts:
                 raise ValueError(f"checkpoint: {name} must be stored with its quant_state, got none")
             self.shapes[name] = tuple(parse_state(name, self._get(*parts[STATE]))["shape"])
         for key, (file, shape) in stored.items():
-            name = parameter_name(key)
+            name = self._name(key)
             if name in self.shapes:
                 raise ValueError(f"checkpoint: {path} must hold {name} once, got it with and without `model.`")
-            if not DERIVED.fullmatch(name):
+            if name is not None and not DERIVED.fullmatch(name):
                 self.files[name], self.shapes[name] = (file, key), tuple(shape)
+        self.stacks = {}
+        if self.config.moe is not None:
+            self.stacks = checkpoint_moe.collect_stacks(self.config, self.shapes, self.read, self._get_expert)
 
     def _files(self) -> list[Path]:
         if (self.path / "model.safetensors").is_file():
@@ -70,11 +75,19 @@ class HuggingFaceFolder:
         with open_safetensors(file) as f:
             return f.get_tensor(key)
 
+    def _name(self, key: str) -> str | None:
+        return parameter_name(key) if self.config.moe is None else checkpoint_moe.parameter_name(key)
+
+    def _get_expert(self, name: str, e: int) -> Tensor:
+        file, key = self.files[name]
+        with open_safetensors(file) as f:
+            return f.get_slice(key)[e]
+
     def read(self, name: str) -> Tensor | NF4Linear:
         if name in self.packed:
             return unpack(name, {suffix: self._get(*at).clone() for suffix, at in self.packed[name].items()})
         tensor = self._get(*self.files[name])
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in DTYPES.values() and ".experts." not in name:
             raise ValueError(f"checkpoint: {name} must be of {', '.join(DTYPES)}, got {tensor.dtype}")
         return tensor
 

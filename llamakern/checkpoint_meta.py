@@ -54,9 +54,12 @@ class Piece(NamedTuple):
 
     def read(self, rows: int | None = None) -> Tensor:
         """All of it, or its first rows."""
-        shape = self.shape if rows is None else (rows, *self.shape[1:])
-        size = math.prod(shape) * self.dtype.itemsize
-        flat = np.fromfile(self.file, dtype=np.uint8, count=size, offset=self.offset)
+        return self.read_rows(0, self.shape[0] if rows is None else rows)
+
+    def read_rows(self, first: int, rows: int) -> Tensor:
+        shape = (rows, *self.shape[1:])
+        size, row = math.prod(shape) * self.dtype.itemsize, math.prod(self.shape[1:]) * self.dtype.itemsize
+        flat = np.fromfile(self.file, dtype=np.uint8, count=size, offset=self.offset + first * row)
         if flat.size < size:
             raise ValueError(f"checkpoint: {self.file} must be whole, got {flat.size} of {size} bytes of a tensor")
         return torch.from_numpy(flat).view(self.dtype).view(shape)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llamakern import checkpoint_nf4
+from llamakern import checkpoint_moe, checkpoint_nf4
 from llamakern.checkpoint import shorten
 from llamakern.checkpoint_hf import INDEX
 from llamakern.files import sync, write_json
@@ -76,10 +76,13 @@ def collect(model: Llama) -> tuple[dict[str, Tensor], dict]:
     c = model.config
     if getattr(model.lm_head, "weight", None) is not model.embed_tokens.weight:
         c = c.replace(tie_embeddings=False)
-    c = c.replace(attention_bias=has_bias(model, "self_attn"), mlp_bias=has_bias(model, "mlp"))
+    if c.moe is None:
+        c = c.replace(attention_bias=has_bias(model, "self_attn"), mlp_bias=has_bias(model, "mlp"))
     dtype = model.embed_tokens.weight.dtype
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Llama(c).named_parameters()}
+        plain = Llama(c)
+        checkpoint_moe.expect_packed(plain, {n: p.shape for n, p in model.named_parameters() if ".experts." in n})
+        shapes = {name: p.shape for name, p in plain.named_parameters()}
     wanted, own, packed = shapes.keys(), dict(model.named_parameters()), {}
     for name in wanted - own.keys():
         if name.endswith(".bias"):  # others of its kind have one, and config.json knows all or none
@@ -95,7 +98,7 @@ def collect(model: Llama) -> tuple[dict[str, Tensor], dict]:
             f"checkpoint: model must have the parameters of a plain Llama, got missing {shorten(wanted - have)}, "
             f"unexpected {shorten(have - wanted)}"
         )
-    if c.rope_layout == "interleaved":
+    if c.rope_layout == "interleaved" and c.moe is None:
         if packed:
             raise ValueError("checkpoint: rope_layout must be 'half' to save an NF4 model, got 'interleaved'")
         for i in range(c.n_layers):
@@ -103,11 +106,13 @@ def collect(model: Llama) -> tuple[dict[str, Tensor], dict]:
                 for part in ("weight", "bias") if c.attention_bias else ("weight",):
                     key = f"layers.{i}.self_attn.{name}.{part}"
                     own[key] = interleaved_to_half(own[key], n_heads)
-    config = c.replace(rope_layout="half").to_hf()
+    config = (c if c.moe else c.replace(rope_layout="half")).to_hf()
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    tensors = {hf_name(name): tensor.detach() for name, tensor in own.items()}
+    tensors = {name: tensor.detach() for name, tensor in own.items()}
     for path, linear in packed.items():
-        tensors |= {hf_name(path) + suffix: t for suffix, t in checkpoint_nf4.pack(linear, dtype).items()}
+        tensors |= {path + suffix: t for suffix, t in checkpoint_nf4.pack(linear, dtype).items()}
+    tensors = checkpoint_moe.to_hf(c, tensors) if c.moe else tensors
+    tensors = {hf_name(name): tensor for name, tensor in tensors.items()}
     if packed:
         dense = [hf_name(path) for path, module in model.named_modules() if type(module) is nn.Linear]
         config["quantization_config"] = checkpoint_nf4.quantization_config(packed, dense, dtype)

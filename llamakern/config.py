@@ -3,6 +3,9 @@
 import dataclasses
 from dataclasses import dataclass
 
+from llamakern import config_moe
+from llamakern.config_moe import MoEConfig, every
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -16,10 +19,15 @@ class RopeScaling:
 
 @dataclass
 class LlamaConfig:
-    """A dense LLaMA. `head_dim` is dim / n_heads and `n_kv_heads` is n_heads unless given.
+    """A LLaMA, dense or with experts. `head_dim` is dim / n_heads and `n_kv_heads` is n_heads unless given.
 
     `rope_layout` names the pairs that one angle turns: "half" is (i, i + D/2), as in Hugging Face files,
-    "interleaved" is (2i, 2i + 1), as in Meta's.
+    "interleaved" is (2i, 2i + 1), as in Meta's and in LLaMA 4's.
+
+    `moe` gives some layers experts; `hidden_dim` is then that of the other ones. LLaMA 4: the `nope_layers` do not
+    rotate and see the whole past, all others its latest part, `attention_chunk`; `qk_norm` "after_rope" makes each
+    head of q and k of length sqrt(D), without weights, in layers that rotate ("before_rope": with weights, in all);
+    in NoPE layers q is multiplied by 1 + attn_scale·ln(1 + floor((position + 1) / floor_scale)).
     """
 
     dim: int = 4096
@@ -37,6 +45,13 @@ class LlamaConfig:
     rope_layout: str = "half"
     bos_id: int | None = 1
     eos_id: int | tuple[int, ...] | None = 2
+    moe: MoEConfig | None = None
+    nope_layers: tuple[int, ...] = ()
+    attention_chunk: int | None = None
+    qk_norm: str | None = None
+    attn_scale: float = 0.0
+    floor_scale: int = 8192
+    qkv_bias: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
 
@@ -65,11 +80,25 @@ class LlamaConfig:
         for name in ("tie_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"config: {name} must be true or false, got {getattr(self, name)!r}")
+        self._check_llama4()
         for name in ("bos_id", "eos_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, tuple) else () if value is None else (value,)
             if not all(type(i) is int for i in ids):
                 raise ValueError(f"config: {name} must be a token id, several or none, got {value!r}")
+
+    def _check_llama4(self):
+        self.nope_layers = tuple(self.nope_layers)
+        _check_positive("floor_scale", self.floor_scale)
+        if self.attention_chunk is not None:
+            _check_positive("attention_chunk", self.attention_chunk)
+        if self.qk_norm not in (None, "after_rope", "before_rope"):
+            raise ValueError(f"config: qk_norm must be None, 'after_rope' or 'before_rope', got {self.qk_norm!r}")
+        for name, layers in {"nope_layers": self.nope_layers, "layers of moe": self.moe and self.moe.layers}.items():
+            if not all(type(i) is int and 0 <= i < self.n_layers for i in layers or ()):
+                raise ValueError(f"config: {name} must lie in [0, {self.n_layers}), got {layers!r}")
+        if type(self.attn_scale) not in (int, float) or not abs(self.attn_scale) < float("inf"):
+            raise ValueError(f"config: attn_scale must be a number, got {self.attn_scale!r}")
 
     @classmethod
     def preset(cls, name: str) -> "LlamaConfig":
@@ -81,7 +110,10 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, hf: dict) -> "LlamaConfig":
         """Reads the contents of a Hugging Face `config.json`, in its old and its new spelling."""
-        for key, wanted in HF_FIXED.items():
+        if hf.get("model_type") == "llama4":
+            hf = hf.get("text_config") or {}  # the text of a model that sees images too
+        experts = hf.get("model_type") in config_moe.FAMILIES
+        for key, wanted in () if experts else HF_FIXED.items():
             if hf.get(key, wanted) != wanted:
                 raise ValueError(f"config: {key} must be {wanted!r}, got {hf[key]!r}")
         missing = [key for key in HF_REQUIRED if hf.get(key) is None]
@@ -94,28 +126,31 @@ class LlamaConfig:
             raise ValueError(f"config: rope_parameters and rope_scaling must be objects, got {rope!r}")
         max_seq_len = hf.get("max_position_embeddings", 2048)
         eos_id = hf.get("eos_token_id", 2)
+        usual = config_moe.FAMILIES[hf["model_type"]][1] if experts else {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+        fields = _moe_fields(hf) if experts else {}
         return cls(
             dim=hf["hidden_size"],
             n_layers=hf["num_hidden_layers"],
             n_heads=hf["num_attention_heads"],
             n_kv_heads=hf.get("num_key_value_heads"),
             head_dim=hf.get("head_dim"),
-            hidden_dim=hf["intermediate_size"],
+            hidden_dim=fields.pop("hidden_dim", hf["intermediate_size"]),
             vocab_size=hf["vocab_size"],
             max_seq_len=max_seq_len,
-            rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 10000.0,
+            rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or usual["rope_theta"],
             rope_scaling=_rope_scaling(rope, max_seq_len),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            norm_eps=hf.get("rms_norm_eps", usual["rms_norm_eps"]),
             tie_embeddings=hf.get("tie_word_embeddings", False),
             attention_bias=hf.get("attention_bias", False),
             mlp_bias=hf.get("mlp_bias", False),
             bos_id=hf.get("bos_token_id", 1),
             eos_id=tuple(eos_id) if isinstance(eos_id, list) else eos_id,
+            **fields,
         )
 
     def to_hf(self) -> dict:
         """The contents of a `config.json` that transformers reads, whether it knows the old or the new spelling."""
-        if self.rope_layout != "half":
+        if self.rope_layout != "half" and self.moe is None:
             raise ValueError(f"config: rope_layout must be 'half' in a Hugging Face config, got {self.rope_layout!r}")
         scaling = self.rope_scaling and {
             "rope_type": "llama3",
@@ -144,6 +179,7 @@ class LlamaConfig:
             "tie_word_embeddings": self.tie_embeddings,
             "bos_token_id": self.bos_id,
             "eos_token_id": list(self.eos_id) if isinstance(self.eos_id, tuple) else self.eos_id,
+            **(config_moe.to_hf(self) if self.moe else {}),
         }
 
     def replace(self, **changes) -> "LlamaConfig":
@@ -160,6 +196,15 @@ def _check_positive(name, value):
         raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
     if value >= 2**31:  # products of two such sizes still fit in 64 bits
         raise ValueError(f"config: {name} must be below 2^31, got {value}")
+
+
+def _moe_fields(hf: dict) -> dict:
+    try:
+        return config_moe.from_hf(hf)
+    except KeyError as e:
+        raise ValueError(f"config: config.json of {hf['model_type']} must hold {e.args[0]}, got none") from None
+    except TypeError as e:
+        raise ValueError(f"config: config.json of {hf['model_type']} must hold numbers and lists, got {e}") from None
 
 
 def _is_positive(value):
@@ -205,6 +250,21 @@ _LLAMA3 = {
 _LLAMA31 = {**_LLAMA3, "max_seq_len": 131072, "rope_scaling": RopeScaling(factor=8.0)}
 _LLAMA32 = {**_LLAMA31, "rope_scaling": RopeScaling(factor=32.0), "tie_embeddings": True}
 
+_LLAMA4 = {
+    **_sizes(5120, 48, 40, 8, 128, 16384), "vocab_size": 202048, "norm_eps": 1e-5, "rope_theta": 500000.0,
+    "rope_layout": "interleaved", "bos_id": 200000, "eos_id": (200001, 200007, 200008), "nope_layers": every(48, 4),
+    "attention_chunk": 8192, "attn_scale": 0.1,
+}  # fmt: skip
+_LLAMA4_EXPERTS = {"hidden_dim": 8192, "shared_dim": 8192, "score": "sigmoid", "scale_input": True}
+_SCOUT = {
+    **_LLAMA4, "max_seq_len": 10485760, "qk_norm": "after_rope",
+    "rope_scaling": RopeScaling(factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0),
+    "moe": MoEConfig(n_experts=16, layers=every(48, 1), **_LLAMA4_EXPERTS),
+}  # fmt: skip
+_MAVERICK = {
+    **_LLAMA4, "max_seq_len": 1048576, "moe": MoEConfig(n_experts=128, layers=every(48, 2), **_LLAMA4_EXPERTS),
+}  # fmt: skip
+
 PRESETS = {
     "llama-7b": {**_7B, **_LLAMA1},
     "llama-13b": {**_13B, **_LLAMA1},
@@ -221,4 +281,6 @@ PRESETS = {
     "llama3.2-1b": {**_1B, **_LLAMA32},
     "llama3.2-3b": {**_3B, **_LLAMA32},
     "llama3.3-70b": {**_70B, **_LLAMA31},
+    "llama4-scout": _SCOUT,
+    "llama4-maverick": _MAVERICK,
 }

@@ -78,6 +78,9 @@ def is_plain_block(layer, dtype: torch.dtype) -> bool:
     parts += [(norm, RMSNorm) for norm in norms]
     if not all(type(module) is kind for module, kind in parts):
         return False
+    c = attention.config
+    if c.qkv_bias or c.qk_norm or c.nope_layers or attention.attend.chunk is not None:
+        return False
     if not all(norm.weight.dtype in (dtype, torch.float32) and norm.eps == norms[0].eps for norm in norms):
         return False
     some = linears(layer)

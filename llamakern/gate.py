@@ -1,5 +1,6 @@
 """The gate: training must not be fake. Over the first steps every trainable tensor must receive a gradient and move."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -21,11 +22,16 @@ class Gate:
     Between optimizer.step() and zero_grad() call `observe()`. At the end of a run shorter than that call `close()`.
     A gradient that is not finite ends the watch at once: a step later it has spread to every tensor. Until it has
     judged, the gate holds a copy of every trainable tensor.
+
+    Of a stack of experts each is looked at by itself: one that received no token has a gradient of zeros. It is no
+    error, but it is not trained: the gate warns, and `unused` names it.
     """
 
     def __init__(self, trainable: Mapping[str, nn.Parameter]):
         self.trainable = dict(trainable)
         self.received = set()
+        self.experts: dict[str, torch.Tensor] = {}  # which experts of a stack received a gradient
+        self.unused: list[str] = []
         self.seen, self.judged, self.hooks = 0, False, []
         self.begin()
 
@@ -44,6 +50,9 @@ class Gate:
             self.finish({"a gradient that is not finite": bad})
         # moving is not enough: weight decay alone moves a tensor
         self.received |= {name for name, grad in gradients.items() if whole(grad.any())}
+        for name, grad in gradients.items():
+            if is_stack(name, grad):
+                self.experts[name] = self.experts.get(name, False) | grad.flatten(1).any(1)
         if self.seen == STEPS:
             self.judge()
 
@@ -60,7 +69,28 @@ class Gate:
                 rounded = name in self.received and p.dtype.itemsize < 4
                 why = f" ({str(p.dtype).removeprefix('torch.')} rounds small steps away)" if rounded else ""
                 faults.setdefault(f"no change{why}", []).append(name)
+        if stuck := self.judge_experts():
+            faults["an expert that received tokens and did not move"] = stuck
         self.finish(faults)
+
+    def judge_experts(self) -> list[str]:
+        """Fills `unused`, and returns the experts that received tokens in vain."""
+        stacks: dict[str, list[str]] = {}
+        for name in self.experts:
+            stacks.setdefault(name.rpartition(".")[0], []).append(name)
+        stuck = []
+        for path, names in stacks.items():
+            used = torch.stack([self.experts[name] for name in names])
+            moved = torch.stack([(self.start[n] != self.trainable[n]).flatten(1).any(1) for n in names])
+            self.unused += [f"{path}[{e}]" for e in (~used.any(0)).nonzero().flatten().tolist()]
+            stuck += [f"{path}[{e}]" for e in (used.any(0) & ~(used & moved).any(0)).nonzero().flatten().tolist()]
+        if self.unused:
+            warnings.warn(
+                f"gate: an expert must receive tokens to be trained, got none in {self.seen} steps for "
+                f"{listed(self.unused)}",
+                stacklevel=2,
+            )
+        return stuck
 
     def finish(self, faults: Mapping[str, list[str]]) -> None:
         self.judged, self.start = True, {}
@@ -120,6 +150,11 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Gate:
     gate = Gate(trainable)
     gate.attach(optimizer)
     return gate
+
+
+def is_stack(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a parameter holds one matrix for each expert of a layer."""
+    return tensor.dim() == 3 and ".experts." in f".{name}" and not hasattr(tensor, "device_mesh")
 
 
 def all_names(model: nn.Module) -> dict[str, nn.Parameter]:

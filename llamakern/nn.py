@@ -1,4 +1,4 @@
-"""Modules over the ops: RMSNorm, a linear whose weight stays in 4 bits, and LoRA around a linear."""
+"""Modules over the ops: RMSNorm, a linear whose weight stays in 4 bits, and LoRA around a linear; experts of moe.py."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamakern import ops
+from llamakern.moe import PROJECTIONS, Experts, MoE, NF4Experts, Router
 from llamakern.ops._door import autocast_dtype
 from llamakern.ops.nf4 import ABSMAX_BLOCK
 from llamakern.ops.nf4 import large_pages_ as _large_pages
+
+__all__ = ["Experts", "LoRALinear", "MoE", "NF4Experts", "NF4Linear", "RMSNorm", "Router", "large_pages_", "quantize_"]
 
 ROWS = ABSMAX_BLOCK  # of a weight that are dense in float32 at a time
 
@@ -173,11 +176,16 @@ class NF4Linear(nn.Linear):
 
 
 def quantize_(module: nn.Module, *, block_size=64, double_quant=False, skip=("lm_head",)) -> nn.Module:
-    """Replaces each plain nn.Linear below `module` by its NF4 form, one at a time, except those named in `skip`."""
+    """Replaces each plain nn.Linear below `module` by its NF4 form, one at a time, except those named in `skip`.
+
+    Experts likewise; routers stay dense.
+    """
     for parent in module.modules():
         for name, child in parent.named_children():
             if type(child) is nn.Linear and name not in skip:
                 setattr(parent, name, NF4Linear.from_linear(child, block_size=block_size, double_quant=double_quant))
+            elif type(child) is Experts and name not in skip:
+                setattr(parent, name, NF4Experts.from_experts(child, block_size=block_size, double_quant=double_quant))
     large_pages_(module)
     module.is_loaded_in_4bit = True  # what transformers' Trainer and PEFT's preparations look for
     return module
@@ -189,8 +197,11 @@ def large_pages_(module: nn.Module) -> None:
     Decoding reads every weight once for each token, and address translations then cost up to a quarter of the time.
     """
     for child in module.modules():
-        if isinstance(child, NF4Linear) and child.weight.device.type == "cpu" and child.weight.is_contiguous():
-            _large_pages(child.weight.detach())
+        packed = [child.weight] if isinstance(child, NF4Linear) else []
+        packed = [getattr(child, name) for name in PROJECTIONS] if isinstance(child, NF4Experts) else packed
+        for weight in packed:
+            if weight.device.type == "cpu" and weight.is_contiguous():
+                _large_pages(weight.detach())
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

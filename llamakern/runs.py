@@ -120,9 +120,22 @@ def environment() -> dict:
     facts["commit"] = commit()
     facts["cpus"], facts["threads"] = os.cpu_count(), torch.get_num_threads()
     facts["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
-    facts["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    facts["torch cuda"] = torch.version.cuda
+    facts.update(gpu() or {"gpu": None, "driver": None})
     facts.update(engine())
     return facts
+
+
+def gpu() -> dict:
+    """The GPU that torch would use and its driver; empty where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        driver = None
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver}
 
 
 def commit() -> str | None:
@@ -149,8 +162,9 @@ def engine() -> dict:
     try:
         from llamakern import _C
     except ImportError:
-        return {"isa": None}
-    return {"isa": _C.isa(), "compiler": _C.compiler}
+        return {"isa": None, "cuda engine": None}
+    built = f"nvcc {_C.cuda_compiler} for {_C.cuda_archs}" if _C.cuda_built else "not built"
+    return {"isa": _C.isa(), "compiler": _C.compiler, "cuda engine": built}
 
 
 def plot_curves(files: dict[str, Path], path: str | Path) -> bool:

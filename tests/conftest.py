@@ -4,14 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import DEVICE
 
 from llamakern import _C, Llama, LlamaConfig
 from llamakern.demo import train_tokenizer
 
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)  # before the test modules make their first tensor
 
-@pytest.fixture(params=_C.supported_isas())
+
+@pytest.fixture(params=_C.supported_isas() if DEVICE == "cpu" else [DEVICE])
 def isa(request):
-    """Each instruction set that this machine has."""
+    """Each instruction set that this machine has; one engine where the tests run on a GPU."""
+    if DEVICE != "cpu":
+        yield request.param
+        return
     before = _C.isa()
     _C.use_isa(request.param)
     yield request.param

@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 from compare import (
+    DEVICE,
     assert_same_bits,
     check_against_reference,
     check_float16_range,
@@ -265,7 +266,7 @@ def test_equal_bits_for_any_thread_count(shape, dtype, isa):
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_autocast(narrow):
     q, k, v = (t.detach() for t in make_inputs(1, 40, 40, 2, 1, 16))
-    with torch.autocast("cpu", narrow):
+    with torch.autocast(DEVICE, narrow):
         y = ops.attention(q, k, v)
     assert_same_bits(y, ops.attention(q.to(narrow), k.to(narrow), v.to(narrow)))
 

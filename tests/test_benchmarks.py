@@ -26,6 +26,7 @@ SHAPES = {
     "rms_norm": "M=2,C=32",
     "swiglu": "M=2,F=32",
     "rope": "T=2,H=2,Hkv=1,D=16",
+    "moe_mlp": "M=3,C=128,F=64,E=4,top_k=2",
     "nf4_block_decode_": "C=64,H=2,Hkv=1,FFN=96,S=8,B=2",
     "excitor_keys": "T=3,C=16,H=2,D=8",
 }

@@ -24,6 +24,7 @@ SHAPES = [
     (2, 0, 8, 2, 8, 3, 2),  # no tokens
 ]
 SMALL = (2, 21, 40, 3, 20, 7, 5)
+FEW = (2, 3, *SMALL[2:])  # decoding: the formula as it stands, without the folded map
 
 
 def names(shape):
@@ -72,10 +73,11 @@ def turned(B, T, D):
     }
 
 
+@pytest.mark.parametrize("shape", [SMALL, FEW], ids=["many", "few"])
 @pytest.mark.parametrize("switch", turned(1, 1, 2))
-def test_switches(switch, dtype, isa):
-    B, T, _C, _H, D, *_ = SMALL
-    check(make_inputs(*SMALL, dtype), **turned(B, T, D)[switch])
+def test_switches(switch, shape, dtype, isa):
+    B, T, _C, _H, D, *_ = shape
+    check(make_inputs(*shape, dtype), rounding(dtype), **turned(B, T, D)[switch])
 
 
 @pytest.mark.parametrize(
@@ -93,10 +95,11 @@ def test_a_gate_without_a_dimension(dtype):
     check(inputs, rounding(dtype))
 
 
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("shape", [SMALL, FEW], ids=["many", "few"])
+@pytest.mark.parametrize("batched", [False, True], ids=["one", "batched"])
 @pytest.mark.parametrize("switch", ["scales", "interleaved", "full_width"])
-def test_values_of_their_own(switch, batched, dtype, isa):
-    B, T, C, H, D, P, R = SMALL
+def test_values_of_their_own(switch, batched, shape, dtype, isa):
+    B, T, C, H, D, P, R = shape
     knobs = turned(B, T, D)[switch]
     inputs = make_inputs(B, T, C, H, D, P, R, dtype, batched=batched)
     values = torch.randn_like(inputs[4]).detach().requires_grad_()
@@ -104,6 +107,7 @@ def test_values_of_their_own(switch, batched, dtype, isa):
         lambda *t: ops.excitor_keys(*t[:6], prompts_v=t[6], **knobs),
         lambda *t: excitor_keys_reference(*t[:6], prompts_v=t[6], **knobs),
         [*inputs, values],
+        rounding(dtype),
     )
 
 
@@ -115,11 +119,12 @@ def test_parameters_in_float32_beside_narrow_activations(half, isa):
     assert [grads[f"d{i}"].dtype for i in range(6)] == [half] * 2 + [torch.float32] * 4
 
 
+@pytest.mark.parametrize("shape", [SMALL, FEW], ids=["many", "few"])
 @pytest.mark.parametrize("extra_rope", ["q_only", "both", "none"])
-def test_gate_zero_leaves_the_keys_bit_for_bit(extra_rope, dtype, isa):
-    x, k, *parameters, gate = (t.detach() for t in make_inputs(*SMALL, dtype))
+def test_gate_zero_leaves_the_keys_bit_for_bit(extra_rope, shape, dtype, isa):
+    x, k, *parameters, gate = (t.detach() for t in make_inputs(*shape, dtype))
     k[:, ::2] = -0.0
-    y = ops.excitor_keys(x, k, *parameters, torch.zeros_like(gate), extra_rope=extra_rope, **angles(21, 10))
+    y = ops.excitor_keys(x, k, *parameters, torch.zeros_like(gate), extra_rope=extra_rope, **angles(shape[1], 10))
     assert_same_bits(y[..., :20], k)
     if extra_rope == "none":
         assert not y[..., 20:].any()
@@ -188,7 +193,9 @@ def test_any_subset_of_gradients(wanted):
         assert_same_bits(some[f"d{i}"], every[f"d{i}"])
 
 
-@pytest.mark.parametrize("shape", [(2, 200, 24, 8, 16, 9, 4), (1, 300, 24, 1, 16, 9, 4)], ids=names)
+@pytest.mark.parametrize(
+    "shape", [(2, 200, 24, 8, 16, 9, 4), (1, 300, 24, 1, 16, 9, 4), (1, 2, 24, 8, 16, 9, 7)], ids=names
+)
 @pytest.mark.parametrize("knobs", [{}, {"prompt_attention": "full_width"}], ids=["per_head", "full_width"])
 def test_equal_bits_for_any_thread_count(shape, knobs, dtype, isa):
     check_thread_counts(lambda *t: ops.excitor_keys(*t, **knobs), make_inputs(*shape, dtype))

@@ -4,12 +4,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "tests/host_cuda"
+PROOF = ROOT / "build/host_cuda/proof"
 BUGS = (SOURCES / "bugs.cu").read_text().splitlines()
 ERRS = "(2, 0, 0)", "(37, 0, 0)"  # the block and thread that err where nothing else is said
 
@@ -31,7 +33,11 @@ SEEDED = {
     "misaligned_row": ("misaligned", ERRS, r"reads 16 bytes at tile \+ 84, which is no multiple of 16"),
     "index_overflow": ("overflow", ERRS, r"16777216 \* 165 does not fit 'int'"),
     "missing_barrier": ("race", ("(2, 0, 0)", "(5, 0, 0)"), r"writes tile \+ 20, which thread \(37, 0, 0\) read"),
-    "missing_second_barrier": ("race", ("(2, 0, 0)", "(5, 0, 0)"), r"writes tile \+ 20, which thread \(37, 0, 0\) read"),
+    "missing_second_barrier": (
+        "race",
+        ("(2, 0, 0)", "(5, 0, 0)"),
+        r"writes tile \+ 20, which thread \(37, 0, 0\) read",
+    ),
     "missing_warp_sync": ("race", ERRS, r"reads tile \+ 144, which thread \(36, 0, 0\) wrote"),
     "shuffle_is_no_sync": ("race", ERRS, r"reads tile \+ 144, which thread \(36, 0, 0\) wrote"),
     "blocks_collide": ("race", ERRS, r"writes y \+ 124, which block \(0, 0, 0\) thread \(31, 0, 0\) wrote"),
@@ -42,7 +48,11 @@ SEEDED = {
     "caller_not_in_mask": ("misuse", ERRS, r"__shfl_sync: mask 0xffffffdf does not name the calling lane 5"),
     "lane_not_in_mask": ("misuse", ("(2, 0, 0)", "(31, 0, 0)"), r"a shuffle asks lane 3, which is not in mask .*"),
     "copies<kWait>": ("too early", ERRS, r"reads tile \+ 404, where a copy by thread \(37, 0, 0\) has not been .*"),
-    "copies<kEnoughWait>": ("too early", ERRS, r"reads tile \+ 404, where a copy by thread \(37, 0, 0\) has not been .*"),
+    "copies<kEnoughWait>": (
+        "too early",
+        ERRS,
+        r"reads tile \+ 404, where a copy by thread \(37, 0, 0\) has not been .*",
+    ),
     "copies<kCommit>": ("too early", ERRS, r"reads tile \+ 404, where a copy by thread \(37, 0, 0\) has not been .*"),
     "copies<kBarrierAfterWait>": ("race", ERRS, r"reads tile \+ 276, which thread \(5, 0, 0\) wrote"),
     "mbarrier_not_made": ("unwritten", ERRS, r"updates barrier \+ 0, which no thread of this block has written so far"),
@@ -67,9 +77,7 @@ def proof(tmp_path_factory):
 
     def run(*words, good=True, **settings):
         env = {k: v for k, v in os.environ.items() if not k.startswith("HOST_CUDA_")} | settings
-        result = subprocess.run(
-            [ROOT / "build/host_cuda/proof", *words], env=env, capture_output=True, text=True, timeout=120
-        )
+        result = subprocess.run([PROOF, *words], env=env, capture_output=True, text=True, timeout=120)
         assert (result.returncode == 0) == good, result.stdout + result.stderr
         return result
 
@@ -92,7 +100,8 @@ def places(kernel, mark):
 @pytest.mark.parametrize("settings", [{}, {"HOST_CUDA_SEED": "1"}, {"HOST_CUDA_SEED": "7", "HOST_CUDA_THREADS": "2"}])
 def test_right_kernels_equal_float64(proof, settings):
     lines = proof("check", **settings).stdout.splitlines()
-    assert len(lines) >= 13 and all(line.startswith("ok ") for line in lines), "\n".join(lines)
+    assert len(lines) >= 15
+    assert all(line.startswith("ok ") for line in lines), "\n".join(lines)
 
 
 @pytest.mark.parametrize("bug", SEEDED)
@@ -112,7 +121,7 @@ def test_bug_is_named_by_kernel_block_thread_and_line(proof, bug):
 @pytest.mark.parametrize("bug", STUCK)
 def test_standstill_is_named_by_kernel_block_threads_and_line(proof, bug):
     block, group, mark = STUCK[bug]
-    first, where, what, *groups = proof("bug", bug, good=False).stdout.splitlines()
+    first, where, _, *groups = proof("bug", bug, good=False).stdout.splitlines()
     assert first == f"deadlock in {bug}"
     assert where == f"  block   {block}"
     assert any(re.fullmatch(rf"  {re.escape(group)}, (\S+ \S+ < )*({places(bug, mark)})", g) for g in groups), groups
@@ -152,7 +161,9 @@ def test_bank_conflicts_and_uncoalesced_access_are_counted_by_line(proof):
         if not line.startswith("  "):
             kind = "banks" if line.startswith("bank conflicts") else "sectors"
             continue
-        accesses, moved, least, at = re.fullmatch(r" +(\d+) +(\d+) \((\d+)\) .* traffic_kernel traffic.cu:(\d+)", line).groups()
+        accesses, moved, least, at = re.fullmatch(
+            r" +(\d+) +(\d+) \((\d+)\) .* traffic_kernel traffic.cu:(\d+)", line
+        ).groups()
         found[kind, int(at)] = [accesses, moved, least]
     assert found == marks, report
 
@@ -160,3 +171,52 @@ def test_bank_conflicts_and_uncoalesced_access_are_counted_by_line(proof):
 def test_traffic_is_reported_only_on_request(proof):
     assert proof("traffic").stderr == ""
     assert "uncoalesced" not in proof("traffic", HOST_CUDA_REPORT="banks").stderr
+
+
+def test_every_synchronisation_is_missed_when_it_is_left_out(proof):
+    """Mutants: without any one barrier, wait, fence or arrival of the right kernels, the checks find something."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "host_cuda/mutate.py", PROOF, "check"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    *places, summary = result.stdout.splitlines()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert summary == "0 not noticed"
+    assert len(places) >= 30
+
+
+def test_a_needless_synchronisation_is_named(proof):
+    """The commands of mutate.py may be any: here one that never fails misses nothing."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "host_cuda/mutate.py", "--only", "gemm.cu", "sh", "-c", f"{PROOF} check; true"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1
+    assert "NOT NOTICED" in result.stdout, result.stdout + result.stderr
+
+
+def test_two_os_threads_launch_from_a_library_that_python_loaded(proof):
+    """As in an extension module: the checks stay inside the library, reports name their lines, threads do not mix."""
+    code = f"""
+import ctypes, threading
+lib = ctypes.CDLL("{PROOF.parent / "libproof.so"}")
+failures, reports = [], []
+def work(bug):
+    text = ctypes.create_string_buffer(4096)
+    for _ in range(10):
+        found = lib.proof_bug(bug, text, 4096)
+        reports.append((found, text.value.decode().splitlines()[0]))
+    failures.append(lib.proof_check())
+threads = [threading.Thread(target=work, args=(bug,)) for bug in (b"missing_barrier", b"global_past_end")]
+for t in threads: t.start()
+for t in threads: t.join()
+assert failures == [0, 0], failures
+assert set(reports) == {{(1, "race in missing_barrier"), (1, "out of bounds in global_past_end")}}, reports
+assert len(reports) == 20
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -17,7 +17,7 @@ from llamakern import ops
 ROOT = Path(__file__).parent.parent
 ROOMS = sorted(d.name for d in (ROOT / "csrc").iterdir() if d.is_dir() and d.name != "common")
 OPS = sorted(name for name, fn in vars(ops).items() if inspect.isfunction(fn))
-FOLDERS = ("csrc", "bindings", "llamakern", "tests", "benchmarks", "tools")
+FOLDERS = ("csrc", "bindings", "host_cuda", "llamakern", "tests", "benchmarks", "tools")
 SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".py"}
 SOURCES = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*.*") if p.suffix in SUFFIXES]
 
@@ -99,9 +99,10 @@ PUBLIC = {
         "LlamaConfig", "TrainConfig", "Trainer", "check_training", "generate", "load_tokenizer", "patch", "quantize_",
         "unpatch", "verify",
     ),
-    "llamakern.nn": ("LoRALinear", "NF4Linear", "RMSNorm"),
+    "llamakern.nn": ("LoRALinear", "MoE", "NF4Linear", "RMSNorm"),
     "llamakern.peft": (
-        "LoRAConfig", "Method.attach", "Parts", "activate", "active", "adapters", "apply", "count_trainable",
+        "AdapterConfig", "AdapterV2Config", "ExcitorConfig", "FullConfig", "LoRAConfig", "Method.attach", "Parts",
+        "PromptConfig", "activate", "active", "adapters", "apply", "count_trainable",
         "find_method", "load", "merge", "merge_report", "register", "remove", "save",
     ),
 }  # fmt: skip

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import (
+    DEVICE,
     assert_same_bits,
     check_against_reference,
     check_float16_range,
@@ -27,7 +28,8 @@ SHAPES = [
     (70, 200, 320, 64),  # several strips, panels and blocks
     (20, 30, 64, 200),  # a rank wider than a panel
     (33, 40, 1088, 16),  # several blocks of the reduction
-    (3, 20, 2112, 8),
+    (9, 33, 2112, 5),  # on a GPU the reduction of h in pieces
+    (9, 2112, 64, 5),  # and of g
     (1030, 33, 64, 4),  # so many tokens that a dense base is part of the reduction in bfloat16 too
 ]
 RAGGED = [(1, 5, 33, 2), (70, 11, 99, 5)]
@@ -67,6 +69,14 @@ def check(case, **knobs):
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
 def test_forward_backward(shape, base, dtype, isa):
     check(make_case(base, *shape, dtype), scale=0.7)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("shape", [(1000, 990, 64, 8), (1000, 64, 960, 8)], ids=label)
+def test_large_tiles(shape, base, narrow, isa):
+    """Large enough for the larger tile of a GPU, forward or backward, and for dA and dB in pieces of the tokens."""
+    check(make_case(base, *shape, narrow), scale=0.7)
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
@@ -204,7 +214,14 @@ def test_scales_and_double_quantisation(base, dtype):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    "shape", [(3, 250, 192, 5), (90, 250, 192, 5), (1030, 250, 192, 5), (65, 1601, 1408, 16)], ids=label
+    "shape",
+    [
+        (3, 250, 192, 5),
+        (90, 130, 128, 5),
+        pytest.param((1030, 250, 192, 5), marks=pytest.mark.large),
+        pytest.param((65, 1601, 1408, 16), marks=pytest.mark.large),
+    ],
+    ids=label,
 )
 def test_equal_bits_for_any_thread_count(shape, base, dtype, isa):
     op, _, inputs = make_case(base, *shape, dtype)
@@ -244,7 +261,7 @@ def test_only_what_wants_a_gradient_gets_one():
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_autocast(narrow):
     op, _, (x, w, lora_a, lora_b, bias) = make_case("dense", 5, 6, 64, 3)
-    with torch.autocast("cpu", narrow):
+    with torch.autocast(DEVICE, narrow):
         y = op(x, w, lora_a, lora_b, bias, scale=1.0)
     y.float().sum().backward()
     assert_same_bits(y, op(x.to(narrow), w.to(narrow), lora_a, lora_b, bias, scale=1.0))

@@ -3,11 +3,13 @@ import math
 import pytest
 import torch
 from compare import (
+    DEVICE,
     assert_same_bits,
     check_against_reference,
     check_float16_range,
     check_thread_counts,
     outputs_and_gradients,
+    skip_unread,
     uneven,
 )
 
@@ -49,6 +51,7 @@ def test_forward_backward(shape, reduction, dtype, isa):
     )
 
 
+@pytest.mark.large
 def test_many_rows(dtype, isa):
     """C and V so large that the rows of dh and dW are cut into panels and pieces of panels."""
     check_against_reference(
@@ -68,6 +71,7 @@ def test_frozen_parts(frozen, reduction, dtype):
         assert_same_bits(one[name], both[name], name)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_several_chunks(dtype, isa):
     """A vocabulary so large that tokens pass in two chunks. For float16 see test_float16_chunks_that_cancel."""
@@ -78,6 +82,7 @@ def test_several_chunks(dtype, isa):
     )
 
 
+@pytest.mark.large
 def test_chunks_add_up():
     """dW of three chunks is the sum over the tokens cut elsewhere; in bfloat16 only P (twice) and dW are rounded."""
     h, w, labels = torch.rand(192, 3).bfloat16().float(), torch.randn(140000, 3).bfloat16().float(), torch.arange(192)
@@ -153,6 +158,7 @@ def test_float16_gradients_of_probabilities(isa):
     torch.testing.assert_close(dh.double(), truth.double(), rtol=2e-3, atol=5)
 
 
+@pytest.mark.large
 def test_float16_chunks_that_cancel(isa):
     """What one chunk adds to dW is beyond float16, the sum of both is not."""
     V, C, half = 132000, 1, 48
@@ -288,7 +294,7 @@ def test_equal_bits_for_any_thread_count(dtype, isa):
 
 def test_keeps_its_dtype_under_autocast():
     h, w, labels = make_inputs(20, 16, 60)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         loss = ops.linear_cross_entropy(h, w, labels)
     assert_same_bits(loss, ops.linear_cross_entropy(h, w, labels))
 
@@ -348,6 +354,7 @@ H, W, LABELS = torch.ones(2, 3, 8), torch.ones(20, 8), torch.zeros(2, 3, dtype=t
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )
 def test_bad_input(changes, error, message):
+    skip_unread(message)
     arguments = {"h": H, "w_head": W, "labels": LABELS} | changes
     tensors = [arguments.pop(name) for name in ("h", "w_head", "labels")]
     with pytest.raises(error, match="linear_cross_entropy: " + message):

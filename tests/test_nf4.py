@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from compare import assert_same_bits, check_against_reference, outputs_and_gradients
+from compare import DEVICE, assert_same_bits, check_against_reference, outputs_and_gradients
 
 from llamakern import ops
 from llamakern.ops.nf4 import (
@@ -36,7 +36,7 @@ SHAPES = [
     (64, 250, 192),  # one full strip, several panels
     (100, 33, 64),
     (600, 9, 64),  # several groups of strips
-    (65, 1601, 1664),  # rows enough to be cut into panels and pieces of panels, forward and backward
+    pytest.param((65, 1601, 1664), marks=pytest.mark.large),  # panels and pieces of panels, forward and backward
 ]
 RAGGED = [(1, 5, 33), (3, 7, 100), (16, 33, 65), (70, 11, 99)]  # blocks cross rows, rows start inside a byte
 
@@ -179,6 +179,13 @@ def test_forward_backward(shape, dtype, isa):
     check_linear(*shape, dtype)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1000, 990, 64), (1000, 64, 960)], ids=label)
+def test_large_tiles(shape, narrow, isa):
+    """Large enough for the larger tile of a GPU, forward or backward."""
+    check_linear(*shape, narrow)
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", RAGGED, ids=label)
 def test_ragged(shape, double, dtype, isa):
@@ -263,7 +270,7 @@ def test_flat_and_row_form_are_the_same_bytes(dtype):
 def test_autocast(narrow):
     weight, absmax, _ = make_weight(16, 64)
     x, bias = torch.randn(3, 64), torch.randn(16)
-    with torch.autocast("cpu", narrow):
+    with torch.autocast(DEVICE, narrow):
         y = ops.nf4_linear(x, weight, absmax, bias)
     assert_same_bits(y, ops.nf4_linear(x.to(narrow), weight, absmax, bias))
 

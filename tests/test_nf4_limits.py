@@ -50,6 +50,7 @@ def test_float16_scales(isa):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements():
     """All blocks are 0 but those of the last row, which a 32-bit index would miss. Pages never written cost nothing."""
     N, K = (1 << 19) + 3, 4096

@@ -3,6 +3,7 @@ import functools
 import pytest
 import torch
 from compare import (
+    DEVICE,
     assert_same_bits,
     check_against_reference,
     check_float16_range,
@@ -197,7 +198,7 @@ def test_equal_bits_for_any_thread_count(dtype, isa):
 
 def test_keeps_its_dtype_under_autocast():
     x, residual, w = make_inputs((4, 32))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y, s = ops.rms_norm(x, w, eps=EPS, residual=residual)
     assert y.dtype == s.dtype == torch.float32
 

@@ -12,7 +12,7 @@ from llamakern import Llama, LlamaConfig, generate, peft
 from llamakern.data import Example
 from llamakern.model import AttendContext, CausalAttention
 from llamakern.nn import quantize_
-from llamakern.peft import AdapterConfig, LoRAConfig
+from llamakern.peft import AdapterConfig, ExcitorConfig, LoRAConfig
 from llamakern.peft.adapter import PromptAttention
 from llamakern.train import TrainConfig, Trainer
 
@@ -209,6 +209,28 @@ def test_the_cache_gives_the_full_forward(packed, change):
     new = generate(model, tokens[:, :5], max_new_tokens=8)
     for t in range(5, 13):
         assert torch.equal(model(new[:, :t])[:, -1].argmax(-1), new[:, t])
+
+
+@pytest.mark.parametrize("turned", ["q_only", "both", "none"])
+@torch.no_grad()
+def test_beside_excitor_and_lora(turned):
+    """Excitor changes the words' keys, which the cache keeps; the prompts stay beside them, whatever the order."""
+    excitor = ExcitorConfig(prompt_len=4, rank=2, n_layers=3, extra_rope=turned)
+    model = adapted([AdapterConfig(prompt_len=5), excitor, LoRAConfig(rank=2)])
+    assert type(model.layers[3].self_attn.attend) is PromptAttention
+    tokens = torch.randint(53, (2, 20))
+    want, cache = model(tokens), model.new_cache(2, 20)
+    parts = [model(part, cache=cache) for part in tokens.split([12, 1, 3, 1, 1, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-4)
+    seen = []
+    inner = model.layers[3].self_attn.attend.base
+    inner.register_forward_hook(lambda _, args, y: seen.append((args, y)))
+    model(tokens)
+    ((q, k, v, x, ctx), y), g = seen[0], model.layers[3].self_attn.attend.gate.tanh()
+    words = inner(q, k, v, x, ctx._replace(prompt_k=None, prompt_v=None, prompt_gate=None))
+    kp, vp = (t[None].repeat_interleave(2, 2).expand(2, -1, -1, -1) for t in (ctx.prompt_k, ctx.prompt_v))
+    a = torch.softmax(torch.einsum("bthd,bphd->bhtp", q, kp) / math.sqrt(16), -1)
+    torch.testing.assert_close(y, words + g[:, None] * torch.einsum("bhtp,bphd->bthd", a, vp))
 
 
 @torch.no_grad()

@@ -17,7 +17,17 @@ def test_tree_names_every_file():
     """One line for each file of the package, engines, bindings, benchmarks, examples, tools; none for what is gone."""
     tree = README[README.index("## The tree") :]
     tree = tree[: tree.index("## Support")]
-    folders = ("llamakern", "csrc", "bindings", "benchmarks", "examples", "tools", "tests/neon")
+    folders = (
+        "llamakern",
+        "csrc",
+        "bindings",
+        "host_cuda",
+        "benchmarks",
+        "examples",
+        "tools",
+        "tests/neon",
+        "tests/host_cuda",
+    )
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
     files = {p.name: p for p in paths if p.suffix in SOURCES and p.name != "__init__.py"}
     lacking = sorted(str(path.relative_to(ROOT)) for name, path in files.items() if not names(tree, name))

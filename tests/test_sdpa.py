@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from compare import assert_same_bits, check_against_reference, outputs_and_gradients
+from compare import DEVICE, assert_same_bits, check_against_reference, outputs_and_gradients
 
 from llamakern import ops
 from llamakern.ops.sdpa import scaled_dot_product_attention_reference as torch_sdpa
@@ -206,7 +206,7 @@ def test_recorded_results(data_dir, isa):
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_autocast(narrow):
     q, k, v = (t.detach() for t in make_inputs((1, 2, 40, 16), (1, 2, 40, 16)))
-    with torch.autocast("cpu", narrow):
+    with torch.autocast(DEVICE, narrow):
         y = ops.scaled_dot_product_attention(q, k, v)
     assert_same_bits(y, ops.scaled_dot_product_attention(q.to(narrow), k.to(narrow), v.to(narrow)))
 

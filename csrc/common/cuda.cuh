@@ -47,6 +47,7 @@ void allow_shared([[maybe_unused]] Function* function, [[maybe_unused]] size_t b
 #define LK_JOIN_TOKENS_(a, b) a##b
 #define LK_JOIN_TOKENS(a, b) LK_JOIN_TOKENS_(a, b)
 // At the end of a *_cuda.cu, inside llamakern::cuda: LK_CUDA_KERNEL(Rope<float>, rope<float>);
-// where memory is needed beside the operands: LK_CUDA_KERNEL(LinearCrossEntropy<float>, loss<float>, loss_bytes<float>);
+// where memory is needed beside the operands: LK_CUDA_KERNEL(LinearCrossEntropy<float>, loss<float>,
+// loss_bytes<float>);
 #define LK_CUDA_KERNEL(Params, ...) \
   static const ::llamakern::cuda::File<Params> LK_JOIN_TOKENS(filed_, __COUNTER__)(__VA_ARGS__)

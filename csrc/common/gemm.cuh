@@ -5,7 +5,8 @@
 //   using Tile = LargeTile<T>;                          // tensor cores for bfloat16 and float16, FMAs for float
 //   LK_DYNAMIC_SHARED(Tile::Shared, shared);            // sizeof(Tile::Shared) bytes at the launch
 //   Tile tile;                                          // zeros
-//   tile.add(shared, u, v, m, n, K);                    // C[m ..., n ...] += sum over K; as often as there are terms
+//   tile.add(shared, u, v, m, n, K);                    // C[m ..., n ...] += sum over [0, K), or over [begin, K) with
+//                                                       // one argument more; as often as there are terms
 //   tile.each([&](int m, int n, float& c) { ... });     // this thread's elements, by their place in the tile
 //
 // u and v are operands: Rows {data, ld, rows, columns} where a row of memory is a row of U (of V) and the reduction
@@ -19,6 +20,34 @@
 namespace llamakern::cuda {
 
 // ---------------------------------------------------------------------------- operands
+
+// x[0 ... 8) of which `left` exist; the others are 0.
+template <typename T>
+LK_DEVICE void load_eight(float (&out)[8], const T* x, int64_t left, bool aligned) {
+  if (aligned && left >= 8) {
+    if constexpr (std::is_same_v<T, float>) {
+      const float4 first = reinterpret_cast<const float4*>(x)[0], second = reinterpret_cast<const float4*>(x)[1];
+      out[0] = first.x, out[1] = first.y, out[2] = first.z, out[3] = first.w;
+      out[4] = second.x, out[5] = second.y, out[6] = second.z, out[7] = second.w;
+    } else {
+      const uint4 v = *reinterpret_cast<const uint4*>(x);
+      const uint32_t pair[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        out[2 * i] = widen(T{uint16_t(pair[i])});
+        out[2 * i + 1] = widen(T{uint16_t(pair[i] >> 16)});
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = i < left ? widen(x[i]) : 0.0f;
+  }
+}
+
+template <typename T>
+LK_DEVICE bool rows_aligned(const T* x, int64_t x_row) {
+  return (reinterpret_cast<uintptr_t>(x) | uintptr_t(x_row * int64_t(sizeof(T)))) % 16 == 0;
+}
 
 // 16 bytes of E's at `to`, a place in the tile, from source[0 ... left), zeros behind them.
 template <typename E>
@@ -47,13 +76,10 @@ struct Dense {
   // Begins to bring elements (row, column) ... to their place in the tile.
   LK_DEVICE void fetch(E* to, Chunk&, int64_t row, int64_t column) const {
     const bool inside = row < rows && column < columns;
-    copy_chunk(to, inside ? data + row * ld + column : data, inside ? columns - column : 0, aligned());
+    copy_chunk(to, inside ? data + row * ld + column : data, inside ? columns - column : 0, rows_aligned(data, ld));
   }
   // Ends it, after the slice before was multiplied.
   LK_DEVICE void put(E*, const Chunk&) const {}
-
- private:
-  LK_DEVICE bool aligned() const { return (reinterpret_cast<uintptr_t>(data) | uintptr_t(ld * sizeof(E))) % 16 == 0; }
 };
 template <typename E>
 using Rows = Dense<E, false>;
@@ -97,10 +123,10 @@ constexpr int slice_bytes(int side, int depth, int element) {
   return along > across ? along : across;
 }
 
-// Slice after slice through two buffers: multiply(u, v) takes those that have landed.
+// Slice after slice of steps [begin, end) through two buffers: multiply(u, v) takes those that have landed.
 template <typename Tile, typename U, typename V, typename Multiply>
-LK_DEVICE void for_slices(typename Tile::Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t depth,
-                          const Multiply& multiply) {
+LK_DEVICE void for_slices(typename Tile::Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t begin,
+                          int64_t end, const Multiply& multiply) {
   Slice<U, Tile::kRows, Tile::kDepth, Tile::kThreads> u_slice;
   Slice<V, Tile::kColumns, Tile::kDepth, Tile::kThreads> v_slice;
   const auto u_tile = [&](int b) LK_INLINE { return reinterpret_cast<typename U::Element*>(shared.u[b]); };
@@ -114,14 +140,14 @@ LK_DEVICE void for_slices(typename Tile::Shared& shared, const U& u, const V& v,
     u_slice.put(u, u_tile(b));
     v_slice.put(v, v_tile(b));
   };
-  if (depth > 0) {
-    fetch(0, 0);
+  if (begin < end) {
+    fetch(0, begin);
     land(0);
   }
-  for (int64_t k = 0, now = 0; k < depth; k += Tile::kDepth, now ^= 1) {
+  for (int64_t k = begin, now = 0; k < end; k += Tile::kDepth, now ^= 1) {
     cp_async_wait<0>();
     __syncthreads();
-    const bool more = k + Tile::kDepth < depth;
+    const bool more = k + Tile::kDepth < end;
     if (more) fetch(int(now ^ 1), k + Tile::kDepth);
     multiply(u_tile(int(now)), v_tile(int(now)));
     if (more) land(int(now ^ 1));
@@ -131,9 +157,11 @@ LK_DEVICE void for_slices(typename Tile::Shared& shared, const U& u, const V& v,
 
 // ---------------------------------------------------------------------------- tensor cores
 
-template <int kM, int kN, int kWarpsM, int kWarpsN>
+// kBlocks: that an SM is to hold at once, which bounds the registers of a kernel's __launch_bounds__.
+template <int kM, int kN, int kWarpsM, int kWarpsN, int kBlocksOfSm>
 struct MmaTile {
   static constexpr int kRows = kM, kColumns = kN, kDepth = 64, kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kBlocks = kBlocksOfSm;
   static constexpr int kWarpRows = kM / kWarpsM, kWarpColumns = kN / kWarpsN;
   static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0);
   struct Shared {
@@ -144,9 +172,9 @@ struct MmaTile {
   float sum[kWarpRows / 16][kWarpColumns / 8][4] = {};
 
   template <typename U, typename V>
-  LK_DEVICE void add(Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t depth) {
+  LK_DEVICE void add(Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t end, int64_t begin = 0) {
     static_assert(std::is_same_v<typename U::Element, typename V::Element>);
-    for_slices<MmaTile>(shared, u, v, m, n, depth, [&](const auto* u_tile, const auto* v_tile) LK_INLINE {
+    for_slices<MmaTile>(shared, u, v, m, n, begin, end, [&](const auto* u_tile, const auto* v_tile) LK_INLINE {
       multiply<typename U::Element, U::kAcross, V::kAcross>(u_tile, v_tile);
     });
   }
@@ -205,7 +233,7 @@ struct MmaTile {
 // A thread makes 8 x 4 elements. The products of a slice are summed before they join the total: a long reduction loses
 // less.
 struct FloatTile {
-  static constexpr int kRows = 64, kColumns = 64, kDepth = 32, kThreads = 128;
+  static constexpr int kRows = 64, kColumns = 64, kDepth = 32, kThreads = 128, kBlocks = 2;
   struct Shared {
     __align__(16) unsigned char u[2][slice_bytes(kRows, kDepth, 4)];
     __align__(16) unsigned char v[2][slice_bytes(kColumns, kDepth, 4)];
@@ -214,8 +242,8 @@ struct FloatTile {
   float sum[8][4] = {};
 
   template <typename U, typename V>
-  LK_DEVICE void add(Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t depth) {
-    for_slices<FloatTile>(shared, u, v, m, n, depth, [&](const float* u_tile, const float* v_tile) LK_INLINE {
+  LK_DEVICE void add(Shared& shared, const U& u, const V& v, int64_t m, int64_t n, int64_t end, int64_t begin = 0) {
+    for_slices<FloatTile>(shared, u, v, m, n, begin, end, [&](const float* u_tile, const float* v_tile) LK_INLINE {
       multiply<U::kAcross, V::kAcross>(u_tile, v_tile);
     });
   }
@@ -276,15 +304,15 @@ struct FloatTile {
 // ---------------------------------------------------------------------------- grids
 
 template <typename T>
-using LargeTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTile<128, 128, 2, 4>>;
+using LargeTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTile<128, 128, 2, 4, 1>>;
 template <typename T>
-using SmallTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTile<32, 64, 2, 2>>;
+using SmallTile = std::conditional_t<std::is_same_v<T, float>, FloatTile, MmaTile<32, 64, 2, 2, 4>>;
 
 // Whether C [M][N] has enough large tiles to keep a GPU busy. The choice changes no bits.
 template <typename T>
 bool wants_large(int64_t M, int64_t N) {
   using Tile = LargeTile<T>;
-  return ceil_div(M, Tile::kRows) * ceil_div(N, Tile::kColumns) >= 96;
+  return ceil_div(M, Tile::kRows) * ceil_div(N, Tile::kColumns) >= 64;
 }
 
 // A grid of one block for each tile of C [M][N].

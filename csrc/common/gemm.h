@@ -263,26 +263,40 @@ struct Cut {
   }
 };
 
-// store(C [rows][width], strip, first row, rows) once for each block of C.
+// The tasks of a matmul: groups of strips, and the rows of a Cut for each of them.
+template <int MV, Panel kPanel>
+struct Plan {
+  int64_t lanes, strips, groups, group;
+  Cut cut;
+
+  Plan(int64_t lanes, int64_t rows) : lanes(lanes), strips(ceil_div(lanes, kWidth<MV>)), cut(rows, kPanel) {
+    const int64_t least = ceil_div(8, max64(1, cut.tasks()));  // of 8 tasks
+    groups = max64(ceil_div(strips, kGroupStrips<MV>), min64(strips, least));
+    group = ceil_div(strips, max64(1, groups));
+  }
+  int64_t tasks() const { return groups * cut.tasks(); }
+};
+
+// One of them: store(C [rows][width], strip, first row, rows) for each of its blocks of C.
+template <typename W, int MV, Panel kPanel, typename Store, typename... Segments>
+void gemm_task(const Plan<MV, kPanel>& plan, int64_t task, const Store& store, const Segments&... segments) {
+  constexpr int64_t width = kWidth<MV>;
+  const int64_t strip = task % plan.groups * plan.group, count = min64(plan.strips - strip, plan.group);
+  const int64_t row = plan.cut.begin(task / plan.groups), here = plan.cut.begin(task / plan.groups + 1) - row;
+  const int64_t c_strip = padded_rows(here) * width;
+  if (count <= 0) return;
+  Scratch<uint32_t> panel(kPanelRows * kBlockWords);
+  Scratch<float> c(count * c_strip);
+  bool add = false;
+  (accumulate<W, MV, kPanel>(c, add, panel, segments, strip, count, plan.lanes - strip * width, row, here), ...);
+  if (!add) memset(c, 0, size_t(count * c_strip) * 4);  // an empty reduction
+  for (int64_t s = 0; s < count; ++s) store(c + s * c_strip, strip + s, row, here);
+}
+
 template <typename W, int MV, Panel kPanel, typename Store, typename... Segments>
 void gemm(int64_t lanes, int64_t rows, const Store& store, const Segments&... segments) {
-  constexpr int64_t width = kWidth<MV>;
-  const Cut cut(rows, kPanel);
-  const int64_t strips = ceil_div(lanes, width), least = ceil_div(8, max64(1, cut.tasks()));  // of 8 tasks
-  const int64_t groups = max64(ceil_div(strips, kGroupStrips<MV>), min64(strips, least));
-  const int64_t group = ceil_div(strips, max64(1, groups));
-  parallel_for(groups * cut.tasks(), [&](int64_t task) {
-    const int64_t strip = task % groups * group, count = min64(strips - strip, group);
-    const int64_t row = cut.begin(task / groups), here = cut.begin(task / groups + 1) - row;
-    const int64_t c_strip = padded_rows(here) * width;
-    if (count <= 0) return;
-    Scratch<uint32_t> panel(kPanelRows * kBlockWords);
-    Scratch<float> c(count * c_strip);
-    bool add = false;
-    (accumulate<W, MV, kPanel>(c, add, panel, segments, strip, count, lanes - strip * width, row, here), ...);
-    if (!add) memset(c, 0, size_t(count * c_strip) * 4);  // an empty reduction
-    for (int64_t s = 0; s < count; ++s) store(c + s * c_strip, strip + s, row, here);
-  });
+  const Plan<MV, kPanel> plan(lanes, rows);
+  parallel_for(plan.tasks(), [&](int64_t task) { gemm_task<W, MV, kPanel>(plan, task, store, segments...); });
 }
 
 }  // namespace llamakern::LK_ISA

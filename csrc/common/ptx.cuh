@@ -39,6 +39,14 @@ LK_DEVICE float as_float(uint32_t bits) {
 #endif
 }
 
+LK_DEVICE uint32_t as_bits(float x) {
+#ifdef __CUDACC__
+  return __float_as_uint(x);
+#else
+  return __builtin_bit_cast(uint32_t, x);
+#endif
+}
+
 LK_DEVICE float widen(float x) { return x; }
 LK_DEVICE float widen(bfloat16 x) { return as_float(uint32_t(x.bits) << 16); }
 LK_DEVICE float widen(float16 x) {

@@ -105,19 +105,19 @@ struct ExcitorTask {
       product<MV, kWide, 1>(min64(in.D - c, kWide), out + c * sums.rows, add, d_rows + c * kWide, w, in.P, tokens);
   }
 
-  // d as lanes, 0 for tokens that do not exist, and as rows.
+  // d as rows and as lanes, which are 0 for tokens that do not exist.
   void gradient_lanes(int64_t h, int64_t t, int64_t tokens) {
     const T* dy = p.dy.at(b, t, prompts.first + h);
-    pack_strip<FloatWords, MV>(d, dy, p.dy.token, tokens, in.D);
-    if (in.cos) turn_lanes<MV>(d, in, b, t, -1.0f);
     for (int64_t c = 0; c < in.D; c += kWide) {
       const int64_t left = min64(in.D - c, kWide);
-      if (in.cos)
-        unpack_lanes(floats(d_rows + c * kWide), kWide, floats(d + c * kWide), kWide, left, tokens,
-                     [](int64_t, int64_t, Vec x) { return x; });
-      else
-        pack_across<FloatWords>(d_rows + c * kWide, kWide, dy + c, p.dy.token, left, tokens);
+      pack_across<FloatWords>(d_rows + c * kWide, kWide, dy + c, p.dy.token, left, tokens);
+      pack_strip<FloatWords, MV>(d + c * kWide, floats(d_rows + c * kWide), kWide, tokens, left);
     }
+    if (!in.cos) return;
+    turn_lanes<MV>(d, in, b, t, -1.0f);
+    for (int64_t c = 0; c < in.D; c += kWide)
+      unpack_lanes(floats(d_rows + c * kWide), kWide, floats(d + c * kWide), kWide, min64(in.D - c, kWide), tokens,
+                   [](int64_t, int64_t, Vec x) { return x; });
   }
 };
 

@@ -117,7 +117,8 @@ LK_DEVICE Run load_run(const Nf4Matrix& w, bool lies, int64_t n, int64_t k) {
     const uint4 bytes = *reinterpret_cast<const uint4*>(w.codes + i / 2);
     return Run{{bytes.x, bytes.y, bytes.z, bytes.w}, {scale, scale}, Run::kLength};
   }
-  const int left = int(min64(Run::kLength, w.K - k)), split = int(min64(Run::kLength, ((block + 1) << w.block_shift) - i));
+  const int left = int(min64(Run::kLength, w.K - k)),
+            split = int(min64(Run::kLength, ((block + 1) << w.block_shift) - i));
   Run run{{}, {scale, split < left ? block_scale(w, block + 1) : 0.0f}, split};
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
@@ -202,7 +203,8 @@ LK_DEVICE Range range_of(const Nf4Matrix& w, int64_t n, int64_t n_end, int64_t k
     __syncthreads();
     for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) largest = fmaxf(largest, warp_largest[warp]);
     const int exponent = int(bits_of(largest) >> 23) - 127;  // largest < 2^(exponent + 1)
-    if (exponent > 14) range = {as_float(uint32_t(127 + 14 - exponent) << 23), as_float(uint32_t(127 + exponent - 14) << 23)};
+    if (exponent > 14)
+      range = {as_float(uint32_t(127 + 14 - exponent) << 23), as_float(uint32_t(127 + exponent - 14) << 23)};
   }
   return range;
 }

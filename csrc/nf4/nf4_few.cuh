@@ -1,5 +1,5 @@
-// NF4 linear for a few tokens, in float: a warp takes a row of W, its lanes runs of 32 weights, and every weight that is
-// decoded meets all tokens.
+// NF4 linear for a few tokens, in float: a warp takes a row of W, its lanes runs of 32 weights, and every weight that
+// is decoded meets all tokens.
 #pragma once
 #include "nf4_decode.cuh"
 
@@ -8,37 +8,9 @@ namespace llamakern::cuda {
 constexpr int64_t kFewTokens = 8;
 constexpr int kFewThreads = 128, kFewRows = kFewThreads / 32;
 
-// x[0 ... 8) of which `left` exist; the others are 0.
-template <typename T>
-LK_DEVICE void load_eight(float (&out)[8], const T* x, int64_t left, bool aligned) {
-  if (aligned && left >= 8) {
-    if constexpr (std::is_same_v<T, float>) {
-      const float4 first = reinterpret_cast<const float4*>(x)[0], second = reinterpret_cast<const float4*>(x)[1];
-      out[0] = first.x, out[1] = first.y, out[2] = first.z, out[3] = first.w;
-      out[4] = second.x, out[5] = second.y, out[6] = second.z, out[7] = second.w;
-    } else {
-      const uint4 v = *reinterpret_cast<const uint4*>(x);
-      const uint32_t pair[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        out[2 * i] = widen(T{uint16_t(pair[i])});
-        out[2 * i + 1] = widen(T{uint16_t(pair[i] >> 16)});
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = i < left ? widen(x[i]) : 0.0f;
-  }
-}
-
-template <typename T>
-LK_DEVICE bool rows_aligned(const T* x, int64_t x_row) {
-  return (reinterpret_cast<uintptr_t>(x) | uintptr_t(x_row * int64_t(sizeof(T)))) % 16 == 0;
-}
-
-// What a plain linear adds to its sums; an adapter adds its own term.
+// What a plain linear adds to y[m][n]. An adapter's term is a sum of which every step-th product makes a share.
 struct NoTerm {
-  LK_DEVICE float operator()(int64_t, int64_t) const { return 0.0f; }
+  LK_DEVICE float share(int64_t, int64_t, int, int) const { return 0.0f; }
 };
 
 // y[m][n] = x Wᵀ + term(m, n) + bias for up to kTokens tokens.
@@ -71,23 +43,21 @@ __global__ void __launch_bounds__(kFewThreads) nf4_few_kernel(const Nf4Linear<T>
   }
 #pragma unroll
   for (int m = 0; m < kTokens; ++m) {
+    if (m < p.M) sum[m] += term.share(m, n, lane, 32);
 #pragma unroll
     for (int other = 16; other > 0; other /= 2) sum[m] += __shfl_xor_sync(~0u, sum[m], other);
   }
 #pragma unroll
   for (int m = 0; m < kTokens; ++m) {
     if (lane != m || m >= p.M) continue;
-    const float y = sum[m] + term(m, n);
-    p.y[m * p.w.N + n] = narrow<T>(p.bias ? y + p.bias[n] : y);
+    p.y[m * p.w.N + n] = narrow<T>(p.bias ? sum[m] + p.bias[n] : sum[m]);
   }
 }
 
 template <typename T, typename Term>
 void nf4_few(const Nf4Linear<T>& p, const Term& term, Stream stream) {
   const dim3 grid(unsigned(ceil_div(p.w.N, kFewRows)));
-  const auto kernel = p.M == 1   ? nf4_few_kernel<T, 1, Term>
-                      : p.M <= 4 ? nf4_few_kernel<T, 4, Term>
-                                 : nf4_few_kernel<T, kFewTokens, Term>;
+  const auto kernel = p.M == 1 ? nf4_few_kernel<T, 1, Term> : nf4_few_kernel<T, kFewTokens, Term>;
   LK_LAUNCH(kernel, grid, kFewThreads, 0, stream)(p, term);
   check_launch("nf4_few_kernel");
 }

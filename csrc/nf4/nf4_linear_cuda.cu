@@ -1,12 +1,12 @@
 // NF4 linear on the GPU: y = x Wᵀ and dx = dy W from the same packed bytes.
-#include "nf4_few.cuh"
+#include "nf4_stream.cuh"
 
 namespace llamakern::cuda {
 
 // ---------------------------------------------------------------------------- forward
 
 template <typename T, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) nf4_linear_kernel(const Nf4Linear<T> p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) nf4_linear_kernel(const Nf4Linear<T> p) {
   LK_DYNAMIC_SHARED(typename Tile::Shared, shared);
   const int64_t M = p.M, N = p.w.N, K = p.w.K;
   const TileAt<Tile> at(M, N);
@@ -32,7 +32,7 @@ void launch_linear(const Nf4Linear<T>& p, Stream stream) {
 template <typename T>
 void nf4_linear(const Nf4Linear<T>& p, void*, Stream stream) {
   if (p.M * p.w.N == 0) return;
-  if (p.M <= kFewTokens) return nf4_few(p, NoTerm(), stream);
+  if (nf4_few_tokens(p, NoTerm(), stream)) return;
   if (wants_large<T>(p.M, p.w.N))
     launch_linear<T, LargeTile<T>>(p, stream);
   else
@@ -42,13 +42,15 @@ void nf4_linear(const Nf4Linear<T>& p, void*, Stream stream) {
 template <typename T>
 void nf4_linears(const Nf4Linears<T>& p, void*, Stream stream) {
   for (int i = 0; i < p.count; ++i)
-    nf4_linear(Nf4Linear<T>{.y = p.y[i], .x = p.x, .x_row = p.x_row, .w = p.w[i], .bias = {}, .M = p.M}, nullptr, stream);
+    nf4_linear(Nf4Linear<T>{.y = p.y[i], .x = p.x, .x_row = p.x_row, .w = p.w[i], .bias = {}, .M = p.M}, nullptr,
+               stream);
 }
 
 // ---------------------------------------------------------------------------- backward
 
 template <typename T, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) nf4_linear_backward_kernel(const Nf4LinearBackward<T> p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    nf4_linear_backward_kernel(const Nf4LinearBackward<T> p) {
   LK_DYNAMIC_SHARED(typename Tile::Shared, shared);
   const int64_t M = p.M, N = p.w.N, K = p.w.K;
   const TileAt<Tile> at(M, K);

@@ -71,86 +71,111 @@ __attribute__((noinline)) static void stream_rows(Vec* sums, const StreamRow (&r
     for (int m = 0; m < M; ++m) sums[r * M + m] = acc[r][m];
 }
 
-// Few tokens: two streams far apart keep more cache lines in flight than one. start(i, n, m), finish(i, n, m, Vec).
+inline int64_t halves_tasks(const Nf4Matrix& w) { return ceil_div(ceil_div(w.N, 2), kStreamRows); }
+inline int64_t blocks_tasks(const Nf4Matrix& w) { return ceil_div(w.N, kBlockRows); }
+
+// Few tokens: two streams far apart keep more cache lines in flight than one. start(n, m), finish(n, m, Vec).
 template <typename W, int M, typename Start, typename Finish>
-void stream_halves(const Nf4Matrix* some, int count, const uint32_t* x, const Start& start, const Finish& finish) {
+void stream_halves(const Nf4Matrix& w, const uint32_t* x, const Start& start, const Finish& finish, int64_t task) {
   constexpr int64_t ahead = 16384;
-  const int64_t K = some[0].K, units = K / kUnit;
-  const auto tasks = [](const Nf4Matrix& w) { return ceil_div(ceil_div(w.N, 2), kStreamRows); };
-  int64_t all = 0;
-  for (int i = 0; i < count; ++i) all += tasks(some[i]);
-  parallel_neighbours(all, [&](int64_t task) {
-    int i = 0;
-    for (; task >= tasks(some[i]); ++i) task -= tasks(some[i]);
-    const Nf4Matrix& w = some[i];
-    const int64_t half = ceil_div(w.N, 2);
-    Scratch<float> room(2 * units);
-    const auto rows = [&]<int NR>(int64_t n) {
-      StreamRow row[NR];
-      Vec sums[NR * M];
-      for (int r = 0; r < NR; ++r) {
-        const uint8_t* bytes = w.codes + (n + r * half) * K / 2;
-        row[r] = {bytes, row_scales(room + r * units, w, n + r * half), bytes + ahead};
-        for (int m = 0; m < M; ++m) sums[r * M + m] = start(i, n + r * half, m);
-      }
-      stream_rows<W, M, NR>(sums, row, K, x, group_words<W>(K));
-      for (int r = 0; r < NR; ++r)
-        for (int m = 0; m < M; ++m) finish(i, n + r * half, m, sums[r * M + m]);
-    };
-    const int64_t begin = task * kStreamRows, end = min64(half, begin + kStreamRows);
-    for (int64_t n = begin; n < min64(end, w.N - half); ++n) rows.template operator()<2>(n);
-    if (end > w.N - half) rows.template operator()<1>(end - 1);
-  });
+  const int64_t K = w.K, units = K / kUnit, half = ceil_div(w.N, 2);
+  Scratch<float> room(2 * units);
+  const auto rows = [&]<int NR>(int64_t n) {
+    StreamRow row[NR];
+    Vec sums[NR * M];
+    for (int r = 0; r < NR; ++r) {
+      const uint8_t* bytes = w.codes + (n + r * half) * K / 2;
+      row[r] = {bytes, row_scales(room + r * units, w, n + r * half), bytes + ahead};
+      for (int m = 0; m < M; ++m) sums[r * M + m] = start(n + r * half, m);
+    }
+    stream_rows<W, M, NR>(sums, row, K, x, group_words<W>(K));
+    for (int r = 0; r < NR; ++r)
+      for (int m = 0; m < M; ++m) finish(n + r * half, m, sums[r * M + m]);
+  };
+  const int64_t begin = task * kStreamRows, end = min64(half, begin + kStreamRows);
+  for (int64_t n = begin; n < min64(end, w.N - half); ++n) rows.template operator()<2>(n);
+  if (end > w.N - half) rows.template operator()<1>(end - 1);
 }
 
 // More tokens: block by block of the reduction, since the lanes of all of it would not stay in L1.
 template <typename W, int M, typename Start, typename Finish>
-void stream_blocks(const Nf4Matrix& w, const uint32_t* x, const Start& start, const Finish& finish) {
+void stream_blocks(const Nf4Matrix& w, const uint32_t* x, const Start& start, const Finish& finish, int64_t task) {
   constexpr int64_t block = kStreamK;
-  const int64_t units = w.K / kUnit;
-  parallel_neighbours(ceil_div(w.N, kBlockRows), [&](int64_t task) {
-    const int64_t begin = task * kBlockRows, rows = min64(kBlockRows, w.N - begin);
-    Scratch<float> room(rows * units);
-    Scratch<Vec> sums(rows * M);
-    const float* scales[kBlockRows];
+  const int64_t units = w.K / kUnit, begin = task * kBlockRows, rows = min64(kBlockRows, w.N - begin);
+  Scratch<float> room(rows * units);
+  Scratch<Vec> sums(rows * M);
+  const float* scales[kBlockRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    scales[r] = row_scales(room + r * units, w, begin + r);
+    for (int64_t m = 0; m < M; ++m) sums[r * M + m] = start(begin + r, m);
+  }
+  for (int64_t k = 0; k < w.K; k += block)
     for (int64_t r = 0; r < rows; ++r) {
-      scales[r] = row_scales(room + r * units, w, begin + r);
-      for (int64_t m = 0; m < M; ++m) sums[r * M + m] = start(begin + r, m);
+      const uint8_t* bytes = w.codes + ((begin + r) * w.K + k) / 2;
+      const int64_t later = k + block < w.K ? block : rows * w.K - k;  // the next block or the next task
+      if (scales_lie(w)) __builtin_prefetch(scales[r] + (k + later) / kUnit);
+      const StreamRow row[1] = {{bytes, scales[r] + k / kUnit, bytes + later / 2}};
+      stream_rows<W, M, 1>(sums + r * M, row, min64(w.K - k, block), x + k / W::kPer * M, block / W::kPer);
     }
-    for (int64_t k = 0; k < w.K; k += block)
-      for (int64_t r = 0; r < rows; ++r) {
-        const uint8_t* bytes = w.codes + ((begin + r) * w.K + k) / 2;
-        const int64_t later = k + block < w.K ? block : rows * w.K - k;  // the next block or the next task
-        if (scales_lie(w)) __builtin_prefetch(scales[r] + (k + later) / kUnit);
-        const StreamRow row[1] = {{bytes, scales[r] + k / kUnit, bytes + later / 2}};
-        stream_rows<W, M, 1>(sums + r * M, row, min64(w.K - k, block), x + k / W::kPer * M, block / W::kPer);
-      }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t m = 0; m < M; ++m) finish(begin + r, m, sums[r * M + m]);
-  });
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t m = 0; m < M; ++m) finish(begin + r, m, sums[r * M + m]);
 }
 
-// finish(i, n, m, Σ_k W_i[n][k] x[m][k] + Σ start(i, n, m) / Codes::kScale) for every n and m of `count` weights that
-// read the same x; start gives a vector.
-template <typename W, int M, typename T, typename Start, typename Finish>
-void stream_linears(const Nf4Matrix* some, int count, const T* x, int64_t x_row, const Start& start,
-                    const Finish& finish) {
-  constexpr bool whole = M <= kStreamWhole;
-  const int64_t K = some[0].K, block = whole ? max64(round_up(K, kGroup), kGroup) : kStreamK, words = block / W::kPer;
-  Scratch<uint32_t> lanes(M * round_up(K, block) / W::kPer);  // [block][token][word]
+// What M tokens read at once of the reduction: all of it, or a block.
+template <int M>
+int64_t stream_depth(int64_t K) {
+  return M <= kStreamWhole ? max64(round_up(K, kGroup), kGroup) : kStreamK;
+}
+// Words of memory that the lanes of M tokens need.
+template <typename W, int M>
+int64_t stream_size(int64_t K) {
+  return M * round_up(K, stream_depth<M>(K)) / W::kPer;
+}
+
+// The rows of x as lanes: [block][token][word].
+template <typename W, int M, typename T>
+void order_tokens(uint32_t* lanes, const T* x, int64_t x_row, int64_t K) {
+  const int64_t block = stream_depth<M>(K), words = block / W::kPer;
   for (int64_t k = 0; k < K; k += block)
     for (int m = 0; m < M; ++m)
       order_row<W>(lanes + k / W::kPer * M + m * words, x + m * x_row + k, min64(K - k, block));
-  const auto done = [&](int i, int64_t n, int64_t m, Vec total) {
-    finish(i, n, m, sum(total) * (1.0f / Codes<W>::kScale));
-  };
-  if constexpr (whole)
-    stream_halves<W, M>(some, count, lanes.get(), start, done);
+}
+
+template <int M>
+int64_t stream_tasks(const Nf4Matrix& w) {
+  return M <= kStreamWhole ? halves_tasks(w) : blocks_tasks(w);
+}
+
+// One task of finish(n, m, Σ_k W[n][k] x[m][k] + Σ start(n, m) / Codes::kScale) for every n and m; start gives a
+// vector.
+template <typename W, int M, typename Start, typename Finish>
+void stream_task(const Nf4Matrix& w, const uint32_t* lanes, const Start& start, const Finish& finish, int64_t task) {
+  const auto done = [&](int64_t n, int64_t m, Vec total) { finish(n, m, sum(total) * (1.0f / Codes<W>::kScale)); };
+  if constexpr (M <= kStreamWhole)
+    stream_halves<W, M>(w, lanes, start, done, task);
   else
-    for (int i = 0; i < count; ++i)
-      stream_blocks<W, M>(
-          some[i], lanes.get(), [&](int64_t n, int64_t m) { return start(i, n, m); },
-          [&](int64_t n, int64_t m, Vec total) { done(i, n, m, total); });
+    stream_blocks<W, M>(w, lanes, start, done, task);
+}
+
+// The same for `count` weights that read the same x: start(i, n, m) and finish(i, n, m, ...).
+template <typename W, int M, typename T, typename Start, typename Finish>
+void stream_linears(const Nf4Matrix* some, int count, const T* x, int64_t x_row, const Start& start,
+                    const Finish& finish) {
+  Scratch<uint32_t> lanes(stream_size<W, M>(some[0].K));
+  order_tokens<W, M>(lanes.get(), x, x_row, some[0].K);
+  const uint32_t* words = lanes;
+  const auto one = [&](int i, int64_t task) {
+    stream_task<W, M>(
+        some[i], words, [&](int64_t n, int64_t m) { return start(i, n, m); },
+        [&](int64_t n, int64_t m, float y) { finish(i, n, m, y); }, task);
+  };
+  int64_t all = 0;
+  for (int i = 0; i < count; ++i) all += stream_tasks<M>(some[i]);
+  parallel_neighbours(all, [&](int64_t task) {
+    int i = 0;
+    for (; task >= stream_tasks<M>(some[i]); ++i) task -= stream_tasks<M>(some[i]);
+    one(i, task);
+  });
 }
 
 // The same for one weight: finish(n, m, ...) and start(n, m).

@@ -123,61 +123,65 @@ __attribute__((noinline)) static void strip_tile(float* c, bool add, const uint3
 
 // ------------------------------------------------------------------------------------------- the driver
 
-// first(C [rows][kWidth], row, rows) may begin C and says whether it did; store(C, 0, row, rows) takes it when it is
-// complete. lanes: a strip of group_words(K) words.
+inline int64_t strip_tasks(const Nf4Matrix& w) { return ceil_div(w.N, kStripRows); }
+
+// The rows of one task. first(C [rows][kWidth], row, rows) may begin C and says whether it did; store(C, 0, row, rows)
+// takes it when it is complete. lanes: a strip of group_words(K) words.
 template <typename W, int MV, typename First, typename Store>
-void strip_linear(const Nf4Matrix& w, const uint32_t* lanes, const First& first, const Store& store) {
+void strip_task(const Nf4Matrix& w, const uint32_t* lanes, const First& first, const Store& store, int64_t task) {
   constexpr int64_t NR = kRows<MV>, width = kWidth<MV>;
   const int64_t units = w.K / kUnit, words = group_words<W>(w.K);
   const bool direct = scales_lie(w);
-  parallel_neighbours(ceil_div(w.N, kStripRows), [&](int64_t task) {
-    const int64_t begin = task * kStripRows, rows = min64(kStripRows, w.N - begin);
-    Scratch<float> c(kStripRows * width), room(direct ? 0 : rows * units);
-    Scratch<uint32_t> panel(2 * NR * kStripWords);
-    const float* scales = room;
-    if (direct)
-      scales = w.absmax + begin * units;
-    else
-      for (int64_t r = 0; r < rows; ++r) row_scales(room + r * units, w, begin + r);
+  const int64_t begin = task * kStripRows, rows = min64(kStripRows, w.N - begin);
+  Scratch<float> c(kStripRows * width), room(direct ? 0 : rows * units);
+  Scratch<uint32_t> panel(2 * NR * kStripWords);
+  const float* scales = room;
+  if (direct)
+    scales = w.absmax + begin * units;
+  else
+    for (int64_t r = 0; r < rows; ++r) row_scales(room + r * units, w, begin + r);
 
-    struct Place {
-      int64_t k = 0, row = 0;
-    };
-    const auto behind =
-        [&](Place at) {  // all rows of a block of the reduction, then the next block, then the next task
-          if (at.row + NR < rows) return Place{at.k, at.row + NR};
-          return at.k + kStripK<W> < w.K ? Place{at.k + kStripK<W>, 0} : Place{0, kStripRows};
-        };
-    const auto bytes_at = [&](Place at) { return w.codes + ((begin + at.row) * w.K + at.k) / 2; };
-    const auto scales_at = [&](Place at) { return scales + at.row * units + at.k / kUnit; };
-    Place here, next = behind(here), late = behind(next);
-    for (int64_t r = 0; r < NR; ++r) {
-      const Place row{0, min64(r, rows - 1)};
-      decode_strip_row<W>(panel + r * kStripWords, bytes_at(row), scales_at(row), w.K);
-    }
-    const bool begun = first(c, begin, rows);
-    const int64_t tiles = ceil_div(rows, NR) * ceil_div(w.K, kStripK<W>);
-    for (int64_t i = 0; i < tiles; ++i) {
-      const StripNext work{bytes_at(next),
-                           scales_at(next),
-                           panel + (i + 1) % 2 * NR * kStripWords,
-                           i + 1 < tiles ? NR : 0,
-                           rows - 1 - next.row,
-                           w.K - next.k,
-                           bytes_at(late),
-                           direct ? scales_at(late) : scales,
-                           w.K / 2,
-                           units,
-                           direct ? units : 0};
-      const int64_t word = here.k / W::kPer;
-      strip_tile<W, MV>(c + here.row * width, begun || word > 0, lanes + word * width, panel + i % 2 * NR * kStripWords,
-                        min64(kStripWords, words - word), work);
-      here = next;
-      next = late;
-      late = behind(late);
-    }
-    store(c, 0, begin, rows);
-  });
+  struct Place {
+    int64_t k = 0, row = 0;
+  };
+  const auto behind = [&](Place at) {  // all rows of a block of the reduction, then the next block, then the next task
+    if (at.row + NR < rows) return Place{at.k, at.row + NR};
+    return at.k + kStripK<W> < w.K ? Place{at.k + kStripK<W>, 0} : Place{0, kStripRows};
+  };
+  const auto bytes_at = [&](Place at) { return w.codes + ((begin + at.row) * w.K + at.k) / 2; };
+  const auto scales_at = [&](Place at) { return scales + at.row * units + at.k / kUnit; };
+  Place here, next = behind(here), late = behind(next);
+  for (int64_t r = 0; r < NR; ++r) {
+    const Place row{0, min64(r, rows - 1)};
+    decode_strip_row<W>(panel + r * kStripWords, bytes_at(row), scales_at(row), w.K);
+  }
+  const bool begun = first(c, begin, rows);
+  const int64_t tiles = ceil_div(rows, NR) * ceil_div(w.K, kStripK<W>);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const StripNext work{bytes_at(next),
+                         scales_at(next),
+                         panel + (i + 1) % 2 * NR * kStripWords,
+                         i + 1 < tiles ? NR : 0,
+                         rows - 1 - next.row,
+                         w.K - next.k,
+                         bytes_at(late),
+                         direct ? scales_at(late) : scales,
+                         w.K / 2,
+                         units,
+                         direct ? units : 0};
+    const int64_t word = here.k / W::kPer;
+    strip_tile<W, MV>(c + here.row * width, begun || word > 0, lanes + word * width, panel + i % 2 * NR * kStripWords,
+                      min64(kStripWords, words - word), work);
+    here = next;
+    next = late;
+    late = behind(late);
+  }
+  store(c, 0, begin, rows);
+}
+
+template <typename W, int MV, typename First, typename Store>
+void strip_linear(const Nf4Matrix& w, const uint32_t* lanes, const First& first, const Store& store) {
+  parallel_neighbours(strip_tasks(w), [&](int64_t task) { strip_task<W, MV>(w, lanes, first, store, task); });
 }
 
 }  // namespace llamakern::LK_ISA

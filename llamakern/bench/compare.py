@@ -11,7 +11,7 @@ from llamakern.bench.table import read_table, times_ours
 
 TOLERANCE = 0.08  # beside the quartiles: pages lie elsewhere in each process
 UNKNOWN = 0.05  # in place of quartiles where a row has none
-SAME = ("cpu", "isa", "threads")
+SAME = ("cpu", "isa", "threads", "gpu")
 
 
 def compare_with(place: Path, new: dict) -> None:

@@ -41,6 +41,8 @@ def rows(table, label, dtype, *, B=1, T, C, H, D, P=30, R=16):
         forward["copy"] = lambda: inputs()[1].clone()
         error = relative_error(ops.excitor_keys(*few, *parameters), truth)
         table.row(label, forward, flops=flops, bytes_moved=moved, error=error, dtype=dtype, memory_roof="copy")
+    if M == 1:
+        return  # decoding: nobody trains on one token
     training = {name: both(fn) for name, fn in contestants.items()}
     table.row(
         f"{label} training",

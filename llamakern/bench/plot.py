@@ -24,7 +24,8 @@ def draw(table: dict, file: str | Path) -> bool:
     else:
         draw_bars(figure.subplots(), table)
     m = table["machine"]
-    figure.suptitle(f"{table['title']}: {m['cpu']}, {m['threads']} threads, {m['isa']}, {m['date']}")
+    engine = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads, {m['isa']}"
+    figure.suptitle(f"{table['title']}: {engine}, {m['date']}")
     with atomic_file(file) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     return True

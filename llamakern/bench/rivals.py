@@ -29,7 +29,7 @@ def bitsandbytes_layers(N: int, K: int, dtype: torch.dtype, *, training: bool) -
     layer = bnb.nn.Linear4bit(K, N, bias=False, device="meta", **knobs)
     weight = torch.empty(N, K, dtype=dtype).normal_(std=0.02)
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
-    layer = layer.to("cpu").train(training)
+    layer = layer.to(torch.get_default_device()).train(training)
     layers = Rotating(lambda: copy.deepcopy(layer), bytes_each=N * K * 9 // 16)
     with torch.no_grad():
         for each in layers.values:

@@ -4,8 +4,9 @@
     read    byte/s read from memory
     copy    byte/s read and written while copying
 
-All are kernels of our own (csrc/common/roof.h), on all threads. They serve as a measure, not as a rival: memory of a
-virtual machine drifts by tens of percent within minutes, and what a kernel reached means something only beside it.
+On a GPU they are torch's matmul and copy, else kernels of our own (csrc/common/roof.h), on all threads. They serve as a
+measure, not as a rival: memory of a virtual machine drifts by tens of percent within minutes, and what a kernel reached
+means something only beside it.
 """
 
 import mmap
@@ -16,9 +17,10 @@ from functools import cache
 import torch
 
 from llamakern import _C
-from llamakern.bench.clock import CACHE
+from llamakern.bench.clock import CACHE, on_gpu
 
 PIECE = 32 << 20  # bytes that one turn reads: enough that starting the threads does not count
+GPU_PIECE, GPU_SIDE = 1 << 30, 8192  # bytes of a copy, side of a matmul
 FLOPS = 2e8  # of one turn and thread, about half a millisecond
 
 
@@ -53,19 +55,35 @@ class Roof:
 
 def dot(dtype: torch.dtype) -> Roof:
     """flops; float16 is multiplied as float32, and so is bfloat16 where the set has no instruction for its pairs."""
+    if on_gpu():
+        a, b = (torch.randn(GPU_SIDE, GPU_SIDE).to(dtype) for _ in range(2))
+        return Roof(lambda: work_of(a @ b, 2 * GPU_SIDE**3))
     name, tasks = str(dtype).removeprefix("torch."), 8 * _C.threads()
     rounds = max(1, round(FLOPS * _C.threads() / _C.multiply_adds(name, tasks, 1)))
     return Roof(lambda: _C.multiply_adds(name, tasks, rounds))
 
 
+def work_of(_result, work: int) -> int:
+    return work
+
+
+def gpu_copy() -> Roof:
+    target, source = (torch.empty(GPU_PIECE, dtype=torch.uint8) for _ in range(2))
+    return Roof(lambda: work_of(target.copy_(source), 2 * GPU_PIECE))
+
+
 def read() -> Roof:
-    """Bytes."""
+    """Bytes; on a GPU those of a copy."""
+    if on_gpu():
+        return gpu_copy()
     pieces = rotating_pieces()
     return Roof(lambda: _C.read_memory(next(pieces)))
 
 
 def copy() -> Roof:
     """Bytes, each counted where it is read and where it is written."""
+    if on_gpu():
+        return gpu_copy()
     pieces = rotating_pieces()
 
     def run():

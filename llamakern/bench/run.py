@@ -2,9 +2,11 @@
 
 import argparse
 import re
+from contextlib import nullcontext
 
 import torch
 
+from llamakern import _C
 from llamakern.bench import models
 from llamakern.bench.cases import DTYPES, ROOMS, cases, name
 from llamakern.bench.table import Table
@@ -19,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=[name(dtype) for dtype in DTYPES], help="of --shape, step, generate: bfloat16"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the ops run (%(default)s)")
     parser.add_argument("--curve", action="store_true", help="the curves over T or M, in place of the tables")
     add_table_arguments(parser)
     models.add_arguments(parser)
@@ -26,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """All tables asked for. ValueError after the last of them if rows of one became slower."""
+    if arguments.device == "cuda" and not (_C.cuda_built and torch.cuda.is_available()):
+        raise ValueError("bench: device must be cpu where no CUDA engine was built or no GPU is there, got cuda")
+    with torch.device("cuda") if arguments.device == "cuda" else nullcontext():
+        run_tables(arguments)
+
+
+def run_tables(arguments: argparse.Namespace) -> None:
     wanted = arguments.what or [room for room in ROOMS if not arguments.curve or cases(room)[1][0].curve]
     dtype = getattr(torch, arguments.dtype or "bfloat16")
     for flag in ("json", "compare"):

@@ -30,7 +30,7 @@ import torch
 
 from llamakern import _C, runs
 from llamakern.bench import roofs
-from llamakern.bench.clock import quartiles, take_turns
+from llamakern.bench.clock import on_gpu, quartiles, take_turns
 from llamakern.files import atomic_file
 
 RIVALS = ("transformers", "peft", "bitsandbytes", "kernels", "llama_cpp_python")  # kernels: more of bitsandbytes'
@@ -53,6 +53,7 @@ def machine() -> dict:
         "cpu": cpu, "cores": os.cpu_count(), "threads": _C.threads(), "isa": _C.isa(), "torch": torch.__version__,
         "python": platform.python_version(), "compiler": _C.compiler, "date": time.strftime("%Y-%m-%d"),
         "commit": runs.commit(), "rivals": {name: version(name) for name in RIVALS},
+        **(runs.gpu() if on_gpu() else {}),
     }  # fmt: skip
 
 
@@ -74,7 +75,8 @@ class Table:
         self.title, self.args, self.axis, self.rows = title, args, axis, []
         facts = machine()
         rivals = ", ".join(f"{name} {found or 'absent'}" for name, found in facts["rivals"].items())
-        print(f"{title}: {facts['cpu']}, {facts['threads']} threads, {facts['isa']}, torch {facts['torch']}, {rivals}")
+        engine = facts["gpu"] if "gpu" in facts else f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
+        print(f"{title}: {engine}, torch {facts['torch']}, {rivals}")
 
     def row(
         self,

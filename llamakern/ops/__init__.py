@@ -5,9 +5,13 @@ from llamakern.ops.attention import attention_decode as attention_decode
 from llamakern.ops.attention import cache_append_ as cache_append_
 from llamakern.ops.block import nf4_block_decode_ as nf4_block_decode_
 from llamakern.ops.excitor import excitor_keys as excitor_keys
+from llamakern.ops.grouped import grouped_linear as grouped_linear
+from llamakern.ops.grouped import nf4_grouped_linear as nf4_grouped_linear
 from llamakern.ops.lora import lora_linear as lora_linear
 from llamakern.ops.lora import nf4_lora_linear as nf4_lora_linear
 from llamakern.ops.loss import linear_cross_entropy as linear_cross_entropy
+from llamakern.ops.moe import moe_mlp as moe_mlp
+from llamakern.ops.moe import moe_route as moe_route
 from llamakern.ops.nf4 import nf4_dequantize as nf4_dequantize
 from llamakern.ops.nf4 import nf4_double_quantize as nf4_double_quantize
 from llamakern.ops.nf4 import nf4_linear as nf4_linear

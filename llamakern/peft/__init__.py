@@ -11,6 +11,7 @@ from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method, Parts, count_trainable, trainable
 from llamakern.peft.excitor import ExcitorConfig
+from llamakern.peft.expert_lora import ExpertLoRAConfig
 from llamakern.peft.files import load, save
 from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterV2Config",
     "ExcitorConfig",
+    "ExpertLoRAConfig",
     "FullConfig",
     "LoRAConfig",
     "MergeReport",

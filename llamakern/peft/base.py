@@ -16,7 +16,7 @@ takes a socket keeps what stood there as its attribute `base` and calls it:
 
 Several methods are attached by ascending `order`, each around those before it, whatever order they were given in:
 
-    10 lora    30 excitor    40 adapter    50 adapter_v2    60 prompt    90 full
+    10 lora    20 experts    30 excitor    40 adapter    50 adapter_v2    60 prompt    90 full
 
 so attend is PromptAttention(ExcitorAttention(CausalAttention())). Trainable parameters are those that the parts bring.
 """
@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from llamakern.model import Llama
 from llamakern.rotary import half_to_interleaved, interleaved_to_half
 
-SKIPPED = ("lm_head",)  # the loss reads the head's weight itself, past its forward
+# The loss reads the head's weight itself, past its forward; a router trains whole or not at all.
+SKIPPED = ("lm_head", "router", "shared_expert_gate")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from llamakern.moe import Experts
 from llamakern.nn import LoRALinear
 from llamakern.peft.base import Method, Parts, hub_name, linears
 from llamakern.peft.settings import from_peft, to_peft
@@ -105,6 +106,8 @@ class LoRAConfig(Method):
         else:
             matches = {target: [name for name in found if is_tail(target, name)] for target in self.targets}
         missing = [target for target, names in matches.items() if not names]
+        if self.targets == ALL_LINEARS and any(isinstance(module, Experts) for module in model.modules()):
+            missing = []  # not every mixture of experts has linears of these names beside its stacks
         if missing or not matches:
             have = sorted({name.rpartition(".")[2] for name in found})
             raise ValueError(

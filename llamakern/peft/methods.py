@@ -9,6 +9,7 @@ from llamakern.peft.adapter import AdapterConfig
 from llamakern.peft.adapter_v2 import AdapterV2Config
 from llamakern.peft.base import Method
 from llamakern.peft.excitor import ExcitorConfig
+from llamakern.peft.expert_lora import ExpertLoRAConfig
 from llamakern.peft.full import FullConfig
 from llamakern.peft.lora import LoRAConfig
 from llamakern.peft.prompt import PromptConfig
@@ -16,6 +17,7 @@ from llamakern.peft.prompt import PromptConfig
 METHODS: dict[str, type[Method]] = {
     "lora": LoRAConfig,
     "qlora": LoRAConfig,
+    "experts": ExpertLoRAConfig,
     "adapter": AdapterConfig,
     "adapter_v2": AdapterV2Config,
     "excitor": ExcitorConfig,

@@ -10,7 +10,7 @@
 
 namespace {
 
-std::mt19937 random_bits(1);
+thread_local std::mt19937 random_bits(1);
 float normal() { return std::normal_distribution<float>()(random_bits); }
 
 template <typename T>
@@ -155,17 +155,24 @@ void check_products() {
   }
 }
 
+int check_instructions() {
+  std::vector<int> y(32 * kInstructions, -1);
+  const auto ry = registered(y, "y");
+  instructions(y.data());
+  return check_table(y.data());
+}
+
 }  // namespace
 
 int check_all() {
-  check_gemm<float16>(64, 64, 64);
+  check_gemm<float16>(64, 64, 96);
   check_gemm<bfloat16>(77, 130, 72);
   check_attention(2, 64);
-  check_attention(1, 100);
+  check_attention(1, 200);
   check_sums(7, 1000);
   check_pipeline(10);
   check_products();
-  failures += check_instructions();
+  failures += check_instructions() + check_registry();
   return failures;
 }
 

@@ -30,13 +30,15 @@ void attention(const Attention& p);
 void row_sum(float* y, const float* x, int rows, int columns);  // y[r] = Σ x[r, :]
 void sum(float* y, const float* x, int n);                      // *y += Σ x, over many blocks
 
+void peek(float* y, const float* x);  // *y = *x
+
 // *y = Σ x by whichever block comes last; partial [blocks], counter one zero, which is left zero.
 void sum_by_last(float* y, const float* x, int n, float* partial, unsigned* counter);
 constexpr int kSumBlock = 256;
 
 void column_sum(float* y, const float* x, int tiles);  // y[i] = Σ x[:, i], [tiles, 128]
-void handed_on(int* y, int threads);                    // y[0] += the numbers of threads, one after another by the flag y[1]
-void locked_sum(int* y, int blocks, int threads);      // y[0] += 1 by every thread, under the lock y[1]
+void handed_on(int* y, int threads);               // y[0] += the numbers of threads, one after another by the flag y[1]
+void locked_sum(int* y, int blocks, int threads);  // y[0] += 1 by every thread, under the lock y[1]
 
 // Each warp instruction on numbers whose answers can be written down.
 constexpr int kInstructions = 64;

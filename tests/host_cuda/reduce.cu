@@ -50,7 +50,6 @@ __global__ void sum_by_last_kernel(float* y, const float* x, int n, float* parti
   if (!last) return;
   float all = 0.0f;
   for (int b = threadIdx.x; b < int(gridDim.x); b += kThreads) all += partial[b];
-  __syncthreads();  // block_sum's memory is used again
   all = block_sum(all);
   if (threadIdx.x == 0) {
     *y = all;
@@ -78,8 +77,11 @@ __global__ void handed_on_kernel(int* y) {
   *turn = *turn + 1;
 }
 
+__global__ void peek_kernel(float* y, const float* x) { y[threadIdx.x] = x[0]; }
+
 }  // namespace
 
+void peek(float* y, const float* x) { LK_LAUNCH(peek_kernel, 1, 1, 0, 0)(y, x); }
 void row_sum(float* y, const float* x, int rows, int columns) {
   LK_LAUNCH(row_sum_kernel, rows, kThreads, 0, 0)(y, x, columns);
 }

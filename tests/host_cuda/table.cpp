@@ -94,10 +94,7 @@ void arithmetic(std::vector<int>& row, int l) {
 
 }  // namespace
 
-int check_instructions() {
-  std::vector<int> y(32 * kInstructions, -1);
-  const host::Buffer ry(y.data(), y.size() * 4, "y");
-  instructions(y.data());
+int check_table(const int* y) {
   int wrong = 0;
   for (int l = 0; l < 32; ++l) {
     std::vector<int> row;
@@ -112,7 +109,7 @@ int check_instructions() {
       ++wrong;
       std::printf("lane %d, instruction %zu: 0x%08x, not 0x%08x\n", l, i, unsigned(found), unsigned(row[i]));
     }
-    for (size_t i = row.size(); i < kInstructions; ++i) wrong += y[l * kInstructions + i] != -1;
+    for (size_t i = row.size(); i < size_t(kInstructions); ++i) wrong += y[l * kInstructions + i] != -1;
   }
   std::printf("%s  instructions\n", wrong ? "FAIL" : "ok  ");
   return wrong;

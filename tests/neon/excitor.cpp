@@ -6,10 +6,12 @@
 namespace smoke {
 namespace {
 
-constexpr int64_t kB = 2, kT = 21, kC = 22, kH = 3, kD = 10, kP = 7, kR = 5, kM = kB * kT;
+constexpr int64_t kB = 2, kC = 22, kH = 3, kD = 10, kP = 7, kR = 5;
+int64_t T_ = 0, M = 0;  // tokens of a row, and of both
 constexpr double kScale = 0.3;
 
 struct Case {
+  int64_t tokens;
   bool full_width, turned, own_values;
 };
 
@@ -20,9 +22,9 @@ struct Truth {
 
   // d [M, H, D] turned by the angles, or back.
   Doubles turn(Doubles d, double sign) const {
-    for (int64_t i = 0; i < kM * kH; ++i)
+    for (int64_t i = 0; i < M * kH; ++i)
       for (int64_t j = 0; j < kD / 2; ++j) {
-        const int64_t at = i / kH % kT * (kD / 2) + j;
+        const int64_t at = i / kH % T_ * (kD / 2) + j;
         double &p = d[i * kD + j], &q = d[i * kD + j + kD / 2];
         const double c = cos[at], s = sign * sin[at], first = p * c - q * s;
         q = p * s + q * c;
@@ -32,11 +34,11 @@ struct Truth {
   }
 
   void forward(const Case& is) {
-    z = linear(x, a, kM, kR, kC);
-    const Doubles e = linear(z, b, kM, kH * kD, kR);
-    w.assign(kM * kH * kP, 0.0);
-    mixture.assign(kM * kH * kD, 0.0);
-    for (int64_t m = 0; m < kM; ++m)
+    z = linear(x, a, M, kR, kC);
+    const Doubles e = linear(z, b, M, kH * kD, kR);
+    w.assign(M * kH * kP, 0.0);
+    mixture.assign(M * kH * kD, 0.0);
+    for (int64_t m = 0; m < M; ++m)
       for (int64_t h = 0; h < kH; ++h) {
         double u[kP] = {}, total = 0.0;
         for (int64_t p = 0; p < kP; ++p)
@@ -53,9 +55,9 @@ struct Truth {
 
   // Gradients of Σ dy ⊙ K', in the order dx, da, db, dprompts, dvalues, dgate.
   std::vector<Doubles> backward(const Case& is, const Doubles& dy) const {
-    const Doubles d = is.turned ? turn(dy, -1.0) : dy, e = linear(z, b, kM, kH * kD, kR);
-    Doubles de(kM * kH * kD), dp(prompts.size()), dv(prompts.size()), dg(kH);
-    for (int64_t m = 0; m < kM; ++m) {
+    const Doubles d = is.turned ? turn(dy, -1.0) : dy, e = linear(z, b, M, kH * kD, kR);
+    Doubles de(M * kH * kD), dp(prompts.size()), dv(prompts.size()), dg(kH);
+    for (int64_t m = 0; m < M; ++m) {
       double dw[kH][kP] = {};
       for (int64_t h = 0; h < kH; ++h)
         for (int64_t p = 0; p < kP; ++p)
@@ -79,10 +81,10 @@ struct Truth {
         }
       }
     }
-    const Doubles dz = linear(de, turned(b, kH * kD, kR), kM, kR, kH * kD);
-    return {linear(dz, turned(a, kR, kC), kM, kC, kR),
-            linear(turned(dz, kM, kR), turned(x, kM, kC), kR, kC, kM),
-            linear(turned(de, kM, kH * kD), turned(z, kM, kR), kH * kD, kR, kM),
+    const Doubles dz = linear(de, turned(b, kH * kD, kR), M, kR, kH * kD);
+    return {linear(dz, turned(a, kR, kC), M, kC, kR),
+            linear(turned(dz, M, kR), turned(x, M, kC), kR, kC, M),
+            linear(turned(de, M, kH * kD), turned(z, M, kR), kH * kD, kR, M),
             is.own_values ? dp : plus(dp, dv),
             dv,
             dg};
@@ -91,59 +93,59 @@ struct Truth {
 
 template <typename T>
 void check_excitor(const Case& is) {
-  const auto x = random<T>(kM * kC), k = random<T>(kM * kH * kD), dy = random<T>(kM * kH * kD);
-  const auto a = random<T>(kR * kC, 0.5), b = random<T>(kH * kD * kR), prompts = random<T>(kP * kH * kD);
-  const auto values = is.own_values ? random<T>(kP * kH * kD) : prompts, gate = random<T>(kH);
+  T_ = is.tokens, M = kB * T_;
+  const auto x = random<T>(M * kC), k = random<T>(M * kH * kD), dy = random<T>(M * kH * kD);
+  const auto a = random<float>(kR * kC, 0.5), b = random<float>(kH * kD * kR), prompts = random<float>(kP * kH * kD);
+  const auto values = is.own_values ? random<float>(kP * kH * kD) : prompts, gate = random<float>(kH);
   std::vector<float> cos, sin;
-  for (int64_t i = 0; i < kT * kD / 2; ++i) cos.push_back(std::cos(float(i))), sin.push_back(std::sin(float(i)));
+  for (int64_t i = 0; i < T_ * kD / 2; ++i) cos.push_back(std::cos(float(i))), sin.push_back(std::sin(float(i)));
   Truth truth{wide(x),   wide(k), wide(a), wide(b), wide(prompts), wide(values), wide(gate), wide(cos),
               wide(sin), {},      {},      {}};
   truth.forward(is);
-  const Excitor<T, T> in{.x = x.data(),
-                         .x_row = kC,
-                         .a = a.data(),
-                         .b = b.data(),
-                         .prompts = prompts.data(),
-                         .values = is.own_values ? values.data() : prompts.data(),
-                         .gate = gate.data(),
-                         .gate_head = 1,
-                         .cos = is.turned ? cos.data() : nullptr,
-                         .sin = is.turned ? sin.data() : nullptr,
-                         .angle_batch = 0,
-                         .interleaved = false,
-                         .scale = float(kScale),
-                         .full_width = is.full_width,
-                         .N = 1,
-                         .B = kB,
-                         .T_ = kT,
-                         .C = kC,
-                         .H = kH,
-                         .D = kD,
-                         .P = kP,
-                         .R = kR};
-  std::vector<T> y(kM * kH * kD), dx(kM * kC), da(kR * kC), db(kH * kD * kR), dp(kP * kH * kD), dv(kP * kH * kD),
-      dg(kH);
-  std::vector<float> z(kM * kR);
-  const auto strides = [](auto* data) { return TokenHeads{data, kT * kH * kD, kH * kD, kD}; };
-  run(ExcitorKeys<T, T>{in, strides(y.data()), z.data(), strides(k.data()), false});
+  const Excitor in{.a = a.data(),
+                   .b = b.data(),
+                   .prompts = prompts.data(),
+                   .values = is.own_values ? values.data() : prompts.data(),
+                   .gate = gate.data(),
+                   .gate_head = 1,
+                   .cos = is.turned ? cos.data() : nullptr,
+                   .sin = is.turned ? sin.data() : nullptr,
+                   .angle_batch = 0,
+                   .interleaved = false,
+                   .scale = float(kScale),
+                   .full_width = is.full_width,
+                   .N = 1,
+                   .B = kB,
+                   .T_ = T_,
+                   .C = kC,
+                   .H = kH,
+                   .D = kD,
+                   .P = kP,
+                   .R = kR};
+  std::vector<T> y(M * kH * kD), dx(M * kC);
+  std::vector<float> z(M * kR), da(kR * kC), db(kH * kD * kR), dp(kP * kH * kD), dv(kP * kH * kD), dg(kH);
+  const auto strides = [](auto* data) { return TokenHeads{data, T_ * kH * kD, kH * kD, kD}; };
+  run(ExcitorKeys<T>{in, strides(y.data()), z.data(), x.data(), kC, strides(k.data()), false});
   Doubles want = is.turned ? truth.turn(truth.mixture, 1.0) : truth.mixture;
-  for (int64_t i = 0; i < kM * kH * kD; ++i) want[i] = truth.k[i] + truth.gate[i / kD % kH] * want[i];
-  const std::string name = std::string("excitor_keys") + (is.full_width ? ", one softmax" : "") +
+  for (int64_t i = 0; i < M * kH * kD; ++i) want[i] = truth.k[i] + truth.gate[i / kD % kH] * want[i];
+  const std::string name = "excitor_keys of " + std::to_string(M) + " tokens" + (is.full_width ? ", one softmax" : "") +
                            (is.turned ? ", turned" : "") + (is.own_values ? ", values of their own" : "");
   judge<T>(name, y, want);
-  run(ExcitorKeysBackward<T, T>{in, dx.data(), da.data(), db.data(), dp.data(), is.own_values ? dv.data() : nullptr,
-                                dg.data(), strides(dy.data()), z.data()});
+  run(ExcitorKeysBackward<T>{in, dx.data(), da.data(), db.data(), dp.data(), is.own_values ? dv.data() : nullptr,
+                             dg.data(), strides(dy.data()), x.data(), kC, z.data()});
   const auto grads = truth.backward(is, wide(dy));
-  const std::vector<T>* ours[] = {&dx, &da, &db, &dp, &dv, &dg};
-  const char* names[] = {"dx", "da", "db", "dprompts", "dprompts_v", "dgate"};
-  for (int i = 0; i < 6; ++i)
-    if (i != 4 || is.own_values) judge<T>(name + "'s " + names[i], *ours[i], grads[i], 2.0);
+  const std::vector<float>* ours[] = {&da, &db, &dp, &dv, &dg};
+  const char* names[] = {"da", "db", "dprompts", "dprompts_v", "dgate"};
+  judge<T>(name + "'s dx", dx, grads[0], 2.0);
+  for (int i = 0; i < 5; ++i)
+    if (i != 3 || is.own_values) judge<T>(name + "'s " + names[i], *ours[i], grads[i + 1], 2.0);
 }
 
 }  // namespace
 
 void check_excitor() {
-  for (const Case is : {Case{false, false, false}, {false, true, true}, {true, true, false}})
+  for (const Case is :
+       {Case{21, false, false, false}, {21, false, true, true}, {21, true, true, false}, {2, true, true, true}})
     for_types([&]<typename T>() { check_excitor<T>(is); });
 }
 

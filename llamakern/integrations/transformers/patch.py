@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from llamakern.integrations.transformers import llama
 from llamakern.integrations.transformers import lora as lora_room
 from llamakern.integrations.transformers import loss as loss_room
+from llamakern.integrations.transformers import moe as moe_room
 from llamakern.integrations.transformers.attention import NAME
 from llamakern.integrations.transformers.loss import STATE
 from llamakern.integrations.transformers.report import Report
@@ -25,6 +26,7 @@ def patch(
     rope: bool = True,
     norm: bool = True,
     mlp: bool = True,
+    moe: bool = True,
     loss: bool = True,
     lora: bool = True,
 ) -> Report:
@@ -46,6 +48,8 @@ def patch(
         bind_all(base, "norm", llama.hf.LlamaRMSNorm, llama.norm_forward, report)
     if mlp:
         bind_all(base, "mlp", llama.hf.LlamaMLP, llama.mlp_forward, report, why_not_silu)
+    if moe:
+        patch_moe(base, report)
     if loss:
         patch_loss(base, report)
     if lora:
@@ -101,6 +105,26 @@ def patch_rope(base: PreTrainedModel, report: Report) -> None:
             if llama.same_code(type(module), llama.hf.LlamaRotaryEmbedding) and "forward" not in vars(module):
                 bind(module, llama.rotary_forward)
         report.replaced["rope"] = len(layers)
+
+
+def patch_moe(base: PreTrainedModel, report: Report) -> None:
+    moe_room.register()
+    kinds = (
+        (moe_room.is_llama4, moe_room.why_not_llama4, moe_room.llama4_forward),
+        (moe_room.is_experts, moe_room.why_not_stacks, moe_room.experts_forward),
+    )
+    count = 0
+    for name, module in base.named_modules():
+        for fits, why_not, forward in kinds:
+            if not fits(module):
+                continue
+            if reason := why_stranger(module) if "forward" in vars(module) else why_not(module):
+                report.kept[f"moe: {name}"] = reason
+            else:
+                bind(module, forward)
+                count += 1
+    if count:
+        report.replaced["moe"] = count
 
 
 def patch_loss(base: PreTrainedModel, report: Report) -> None:

@@ -1,0 +1,532 @@
+// Attention backward on the GPU. Each gradient is summed by one warp in one order, so that two runs have equal bits:
+//
+//   one pass for each tile of queries    dq over the keys they see
+//   one pass for each tile of keys       dk and dv over the queries that see them, of all heads that share the keys
+//
+// A pass is the same either way: a block keeps rows x1, x2 and takes columns y1, y2 past them:
+//
+//   s = x1 y1ᵀ    p = 2^(s - lse)    dp = x2 y2ᵀ    ds = p (dp - delta)    o1 += ds y1    o2 += p y2
+//
+//   queries: x1 = q, x2 = dy, y1 = k, y2 = v: o1 = dq        keys: x1 = k, x2 = v, y1 = q, y2 = dy: o1 = dk, o2 = dv
+//
+// float16: ds may lie beyond its range, or far below. It is multiplied by a power of two for each row of o1 that
+// follows the largest |ds| of the row so far, as the maximum of a softmax is followed; p by 2^15.
+#include <utility>
+
+#include "attention_prompts.cuh"
+
+namespace llamakern::cuda {
+
+// ---------------------------------------------------------------------------- kernels
+
+// What the passes must know of a row of queries.
+struct alignas(16) QueryRow {
+  float lse;  // in powers of two, +inf where p is 0
+  float minus_delta;
+  int begin, end;  // of the keys it may see
+};
+enum Pass { kQueries, kKeys, kKeysOnly, kValuesOnly };  // dq; dk and dv, or one of them where both are too many
+
+template <typename T_, int kD_, Pass kPass_, int kWarps_, int kN_>
+struct BackwardShape {
+  using T = T_;
+  static constexpr int kD = kD_, kWarps = kWarps_, kN = kN_, kThreads = 32 * kWarps, kRows = 16 * kWarps;
+  static constexpr Pass kPass = kPass_;
+  static constexpr bool kOwnsQueries = kPass == kQueries, kFirst = kPass != kValuesOnly;
+  static constexpr bool kSecond = kPass == kKeys || kPass == kValuesOnly;
+  static constexpr int kLift = std::is_same_v<T, float16> ? 15 : 0;  // of p, as a power of two
+  struct Storage {
+    alignas(16) T x1[kRows][kRow<T, kD>], x2[kFirst ? kRows : 1][kRow<T, kD>];
+    T y1[2][kN][kRow<T, kD>];  // with the QueryRow of each behind it, where they are queries
+    T y2[2][kN][kRow<T, kD>];
+  };
+};
+
+template <typename T>
+struct BackwardTask {
+  AttentionBackward<T> p;
+  Operands<T> operands;
+  bool dy_sixteens, dq_sixteens, dk_sixteens, dv_sixteens;
+  QueryRow* queries;             // [B, Hkv, T·G]
+  Added<T> added;                // to dq
+  const QueryRow* over_prompts;  // words: null, or what their delta lacks
+  const float* gate;             // prompts: [H], p is multiplied by it; else null
+  float *dk_sums, *dv_sums;      // prompts: [B·chunks, Hkv, P, D], which dk and dv go to
+};
+
+constexpr int kRowThreads = 128;
+
+// Each row's QueryRow: a warp each.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads) attention_delta_kernel(const BackwardTask<T> task) {
+  const AttentionBackward<T>& p = task.p;
+  const Attended<T>& in = p.in;
+  const int64_t row = int64_t(blockIdx.x) * (kRowThreads / 32) + warp_id();
+  if (row >= all_rows(in)) return;
+  const int64_t h = row % in.H, t = row / in.H % in.T_, b = row / in.H / in.T_;
+  const T *y = p.y.at(b, t, h), *dy = p.dy.at(b, t, h);
+  float delta = 0.0f;
+  for (int64_t d = lane_id(); d < in.D; d += 32) delta += widen(y[d]) * widen(dy[d]);
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) delta += __shfl_xor_sync(~0u, delta, i);
+  if (lane_id() > 0) return;
+  int64_t n = b;
+  if (in.starts_q) {
+    int64_t low = 0, high = in.sequences;  // starts[low] <= t < starts[high]
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (in.starts_q[middle] <= t ? low : high) = middle;
+    }
+    n = low;
+  }
+  const Sequence at = in.sequence(n);
+  const Keys keys = in.sight.keys(t - at.q_begin, at.T, at.S);
+  const int64_t index = (b * in.H + h) * in.T_ + t, G = in.G();
+  const float lse = p.lse[index];
+  const bool sees = lse != -INFINITY;
+  float minus_delta = (sees && p.dlse ? p.dlse[index] : 0.0f) - delta;
+  const int64_t place = ((b * in.Hkv + h / G) * in.T_ + t) * G + h % G;
+  if (task.over_prompts && in.prompts.gate[h] != 0.0f)
+    minus_delta -= in.prompts.gate[h] * task.over_prompts[place].minus_delta;
+  task.queries[place] = QueryRow{sees ? lse * kLog2e : INFINITY, minus_delta, int(keys.begin), int(keys.end)};
+}
+
+// Query tokens [begin, end) that may see one of the keys [first, first + count).
+LK_DEVICE Keys viewers(const Sight& sight, int64_t first, int64_t count, int64_t T, int64_t S) {
+  const int64_t shift = sight.top_left ? 0 : S - T, last = min64(first + count, S) - 1;
+  Keys at{shift, shift + T};  // places i
+  if (sight.causal) at.begin = max64(at.begin, first);
+  if (sight.window) {
+    if (!sight.causal) at.begin = max64(at.begin, first - sight.window + 1);
+    at.end = min64(at.end, last + sight.window);
+  }
+  if (sight.chunk) {
+    at.begin = max64(at.begin, first / sight.chunk * sight.chunk);
+    at.end = min64(at.end, (last / sight.chunk + 1) * sight.chunk);
+  }
+  return {min64(max64(at.begin - shift, 0), T), max64(at.end - shift, 0)};
+}
+
+// The lane's part of a fragment as rows and columns of (queries, keys).
+template <typename Shape>
+struct Lens {
+  static constexpr bool kOwnsQueries = Shape::kOwnsQueries;
+  QueryRow mine[2];            // of rows g and g + 8, where they are queries
+  typename Shape::T* columns;  // where these are
+  int row[2], column0;         // in the head
+
+  LK_DEVICE QueryRow query(int h, int column) const {
+    if constexpr (kOwnsQueries) return mine[h];
+    return behind_row<QueryRow, Shape::kD>(columns, column);
+  }
+};
+
+// Scores of a tile become p. Whether any is not hidden.
+template <typename Shape>
+LK_DEVICE bool weigh(float (&s)[Shape::kN / 8][4], const Operands<typename Shape::T>& o, const Tile& tile,
+                     const Lens<Shape>& lens, const float* gate) {
+  const bool masked = o.in.mask.kind != Mask::kNone;
+  const int t = lane_id() % 4;
+  const float scale = o.in.scale * kLog2e;
+  bool seen = false;
+#pragma unroll
+  for (int n = 0; n < Shape::kN / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = 8 * n + 2 * t + e;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const QueryRow query = lens.query(h, column);
+        const int key = Shape::kOwnsQueries ? lens.column0 + column : lens.row[h];
+        const int row = Shape::kOwnsQueries ? lens.row[h] : lens.column0 + column;
+        float& x = s[n][2 * h + e];
+        float bias = 0.0f;
+        bool visible = query.begin <= key && key < query.end;
+        if (masked && visible) {
+          bias = mask_bias(o.in.mask, mask_index(o, tile, row) + key * o.in.mask.key);
+          visible = bias != -INFINITY;
+        }
+        x = visible ? exp2_approx(fmaf(x, scale, bias) - query.lse) : 0.0f;
+        if (gate && visible) x *= gate[query_head(o, tile, row)];
+        seen |= visible;
+      }
+    }
+  }
+  return seen;
+}
+
+// The power of two that each row of ds is multiplied by where T is float16; o follows it.
+struct Growth {
+  float by[2] = {0x1p100f, 0x1p100f};
+
+  template <int kN, int kD>
+  LK_DEVICE void apply(float (&ds)[kN / 8][4], float (&o)[kD / 8][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n) top = fmaxf(top, fmaxf(fabsf(ds[n][2 * h]), fabsf(ds[n][2 * h + 1])));
+      top = quad_max(top);
+      if (top * by[h] >= 0x1p15f) {
+        const float now = as_float((268 - (as_bits(top) >> 23)) << 23);  // top·now lies in [2^14, 2^15)
+#pragma unroll
+        for (int d = 0; d < kD / 8; ++d) {
+          o[d][2 * h] *= now / by[h];
+          o[d][2 * h + 1] *= now / by[h];
+        }
+        by[h] = now;
+      }
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n) {
+        ds[n][2 * h] *= by[h];
+        ds[n][2 * h + 1] *= by[h];
+      }
+    }
+  }
+};
+
+// A fragment of keys' rows to sums [sequence, Hkv, S, D].
+template <typename T, int kD>
+LK_DEVICE void store_sums(float* sums, const float (&x)[kD / 8][4], const float (&factor)[2], const Operands<T>& o,
+                          const Tile& tile, const int (&row)[2]) {
+  const int D = int(o.in.D);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (row[h] >= tile.S) continue;
+    float* to = sums + ((int64_t(tile.sequence) * o.in.Hkv + tile.kv) * o.in.S + row[h]) * D;
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int d = 8 * j + lane_id() % 4 * 2 + e;
+        if (d < D) to[d] = x[j][2 * h + e] * factor[h];
+      }
+    }
+  }
+}
+
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads)
+    attention_backward_kernel(const BackwardTask<typename Shape::T> task) {
+  using T = typename Shape::T;
+  constexpr int kD = Shape::kD, kN = Shape::kN, kRows = Shape::kRows, kThreads = Shape::kThreads;
+  constexpr bool kOwnsQueries = Shape::kOwnsQueries, kFirst = Shape::kFirst, kSecond = Shape::kSecond;
+  LK_DYNAMIC_SHARED(typename Shape::Storage, shared);
+  const Operands<T>& operands = task.operands;
+  const Attended<T>& in = operands.in;
+  const Tile tile =
+      kOwnsQueries ? find_query_tile(operands, kRows, blockIdx.x) : find_key_tile(operands, kRows, blockIdx.x);
+  if (tile.first >= tile.rows) return;
+  const int D = int(in.D), warp_row = warp_id() * 16, G = int(operands.group.d);
+  const QueryRow* queries = task.queries + row_index(operands, tile, 0);
+
+  // Rows or keys [low, high) to take past.
+  Lens<Shape> lens;
+  int low, high;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) lens.row[h] = tile.first + warp_row + lane_id() / 4 + 8 * h;
+  if constexpr (kOwnsQueries) {
+    low = INT32_MAX, high = 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      lens.mine[h] = lens.row[h] < tile.rows ? queries[lens.row[h]] : QueryRow{INFINITY, 0.0f, 0, 0};
+      if (lens.mine[h].begin < lens.mine[h].end) {
+        low = min(low, lens.mine[h].begin);
+        high = max(high, lens.mine[h].end);
+      }
+    }
+    const int2 reach = reach_of_block<Shape::kWarps, kD>(shared.x1[0], low, high);
+    low = reach.x / kN * kN, high = reach.y;
+  } else {
+    const Keys seen = viewers(in.sight, tile.first, kRows, tile.T, tile.S);
+    low = int(seen.begin) * G / kN * kN, high = int(seen.end) * G;
+  }
+
+  const auto load_rows = [&](T* to, const Heads<const T>& of_queries, const Heads<const T>& of_keys, bool q16,
+                             bool k16) {
+    load_tile<T, kD, kRows, kThreads>(to, kOwnsQueries ? of_queries : of_keys, kOwnsQueries ? q16 : k16, D, [&](int r) {
+      if constexpr (kOwnsQueries) return query_row(of_queries, operands, tile, tile.first + r);
+      return key_row(of_keys, operands, tile, tile.first + r);
+    });
+  };
+  const auto load_columns = [&](T* to, const Heads<const T>& of_queries, const Heads<const T>& of_keys, bool q16,
+                                bool k16, int at) {
+    load_tile<T, kD, kN, kThreads>(to, kOwnsQueries ? of_keys : of_queries, kOwnsQueries ? k16 : q16, D, [&](int r) {
+      if constexpr (kOwnsQueries) return key_row(of_keys, operands, tile, at + r);
+      return query_row(of_queries, operands, tile, at + r);
+    });
+  };
+  const auto load = [&](int stage, int at) {
+    load_columns(shared.y1[stage][0], in.q, in.k, operands.q_sixteens, operands.k_sixteens, at);
+    load_columns(shared.y2[stage][0], task.p.dy, in.v, task.dy_sixteens, operands.v_sixteens, at);
+    if constexpr (!kOwnsQueries) {
+      for (int r = int(threadIdx.x); r < kN; r += kThreads) {
+        const bool exists = at + r < tile.T * G;
+        cp_async<16>(&behind_row<QueryRow, kD>(shared.y1[stage][0], r), exists ? queries + at + r : queries,
+                     exists ? 16 : 0);
+      }
+    }
+    cp_async_commit();
+  };
+
+  float o1[1][kFirst ? kD / 8 : 1][4] = {}, o2[1][kSecond ? kD / 8 : 1][4] = {};
+  Growth growth;
+  const float lift = task.gate ? 1.0f : float(1 << Shape::kLift);
+  if (low < high) {
+    load_rows(shared.x1[0], in.q, in.k, operands.q_sixteens, operands.k_sixteens);
+    if constexpr (kFirst) load_rows(shared.x2[0], task.p.dy, in.v, task.dy_sixteens, operands.v_sixteens);
+    load(0, low);
+  }
+  for (int at = low, stage = 0; at < high; at += kN, stage ^= 1) {
+    cp_async_wait<0>();
+    __syncthreads();  // this tile is here, and nobody reads the other any more
+    if (at + kN < high) load(stage ^ 1, at + kN);
+    float s[1][kN / 8][4] = {};
+    dot_rows<T, kD, 1, kN>(s, shared.x1[warp_row], shared.y1[stage][0]);
+    lens.column0 = at;
+    lens.columns = shared.y1[stage][0];
+    const bool seen = weigh<Shape>(s[0], operands, tile, lens, task.gate);
+    if (!__any_sync(~0u, seen)) continue;
+    if constexpr (kSecond) {
+      Left<T, kN> p[1];
+      float lifted[kN / 8][4];
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) lifted[n][i] = s[0][n][i] * lift;
+      }
+      p[0].set(lifted);
+      multiply<T, kD, 1, kN>(o2, p, shared.y2[stage][0]);
+    }
+    if constexpr (kFirst) {
+      float ds[1][kN / 8][4] = {};
+      dot_rows<T, kD, 1, kN>(ds, shared.x2[warp_row], shared.y2[stage][0]);
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float minus_delta = lens.query(i / 2, 8 * n + lane_id() % 4 * 2 + i % 2).minus_delta;
+          ds[0][n][i] = s[0][n][i] == 0.0f ? 0.0f : s[0][n][i] * (ds[0][n][i] + minus_delta);
+        }
+      }
+      if constexpr (std::is_same_v<T, float16>) growth.template apply<kN, kD>(ds[0], o1[0]);
+      Left<T, kN> left[1];
+      left[0].set(ds[0]);
+      multiply<T, kD, 1, kN>(o1, left, shared.y1[stage][0]);
+    }
+  }
+
+  const auto store = [&](T* from, float(&o)[kD / 8][4], float factor0, float factor1, const Heads<T>& to, bool sixteens,
+                         float* sums) {
+    float factor[2] = {factor0, factor1};
+    if (!kOwnsQueries && sums) return store_sums<T, kD>(sums, o, factor, operands, tile, lens.row);
+    if (kOwnsQueries && task.added.rows.data) {
+      const int row = lens.row[0];
+      const T* const added[2] = {task.added.row(operands, tile, row), task.added.row(operands, tile, row + 8)};
+      const float by[2] = {task.added.by(operands, tile, row), task.added.by(operands, tile, row + 8)};
+      add_rows<T, kD>(o, factor, added, by, D);
+      factor[0] = factor[1] = 1.0f;
+    }
+    __syncwarp();
+    put_fragment<T, kD>(from, o, factor);
+    __syncwarp();
+    store_tile<T, kD, 16>(from, sixteens, D, [&](int r) {
+      if constexpr (kOwnsQueries) return query_row(to, operands, tile, tile.first + warp_row + r);
+      return key_row(to, operands, tile, tile.first + warp_row + r);
+    });
+  };
+  if constexpr (kSecond)
+    store(shared.x1[warp_row], o2[0], 1.0f / lift, 1.0f / lift, task.p.dv, task.dv_sixteens, task.dv_sums);
+  if constexpr (kFirst) {
+    const bool grown = std::is_same_v<T, float16>;
+    const float scale = in.scale;
+    store(shared.x2[warp_row], o1[0], grown ? scale / growth.by[0] : scale, grown ? scale / growth.by[1] : scale,
+          kOwnsQueries ? task.p.dq : task.p.dk, kOwnsQueries ? task.dq_sixteens : task.dk_sixteens, task.dk_sums);
+  }
+}
+
+constexpr int kSumThreads = 128;
+
+// A row of dprompt_k or dprompt_v for each block: the sums of its parts in their order.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads)
+    attention_prompt_sum_kernel(const Heads<T> to, const float* sums, int64_t P, int64_t Hkv, int64_t D,
+                                int64_t parts) {
+  const int64_t row = blockIdx.x, kv = row % Hkv, j = row / Hkv % P, b = row / Hkv / P;
+  for (int64_t d = threadIdx.x; d < D; d += kSumThreads) {
+    float sum = 0.0f;
+    for (int64_t n = b * parts; n < (b + 1) * parts; ++n) sum += sums[((n * Hkv + kv) * P + j) * D + d];
+    to.at(b, j, kv)[d] = narrow<T>(sum);
+  }
+}
+
+// dg of a head for each block: the sum over its rows of o = -minus_delta.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads) attention_gate_kernel(const BackwardTask<T> task, float* dgate) {
+  __shared__ float sums[kSumThreads];
+  const Attended<T>& in = task.p.in;
+  const int64_t h = blockIdx.x, G = in.G();
+  float sum = 0.0f;
+  for (int64_t bt = threadIdx.x; bt < in.sequences * in.T_; bt += kSumThreads)
+    sum -= task.queries[((bt / in.T_ * in.Hkv + h / G) * in.T_ + bt % in.T_) * G + h % G].minus_delta;
+  sums[threadIdx.x] = sum;
+  for (unsigned half = kSumThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) dgate[h] = sums[0];
+}
+
+// -------------------------------------------------------------------------- launchers
+
+template <typename Shape, typename T>
+void launch_pass(const BackwardTask<T>& task, Stream stream) {
+  const Attended<T>& in = task.p.in;
+  const int64_t blocks = in.Hkv * (Shape::kOwnsQueries ? tile_places(task.operands, in.T_, in.G(), Shape::kRows)
+                                                       : tile_places(task.operands, in.S, 1, Shape::kRows));
+  if (blocks == 0) return;
+  constexpr size_t kBytes = sizeof(typename Shape::Storage);
+  allow_shared(attention_backward_kernel<Shape>, kBytes);
+  LK_LAUNCH(attention_backward_kernel<Shape>, unsigned(blocks), Shape::kThreads, kBytes, stream)(task);
+  check_launch("attention_backward_kernel");
+}
+
+// kN columns at a time.
+template <typename T, int kD, int kWarps, int kN>
+void launch_passes(const BackwardTask<T>& task, bool of_queries, Stream stream) {
+  if (of_queries) return launch_pass<BackwardShape<T, kD, kQueries, kWarps, kN>>(task, stream);
+  if constexpr (kD <= 128) {
+    launch_pass<BackwardShape<T, kD, kKeys, kWarps, kN>>(task, stream);
+  } else {
+    launch_pass<BackwardShape<T, kD, kKeysOnly, kWarps, kN>>(task, stream);
+    launch_pass<BackwardShape<T, kD, kValuesOnly, kWarps, kN>>(task, stream);
+  }
+}
+template <typename T>
+void launch_passes(const BackwardTask<T>& task, bool of_queries, Stream stream) {
+  const int64_t D = task.p.in.D;
+  if constexpr (sizeof(T) == 4) {
+    D <= 128 ? launch_passes<T, 128, 4, 8>(task, of_queries, stream)
+             : launch_passes<T, 256, 2, 8>(task, of_queries, stream);
+  } else {
+    D <= 64    ? launch_passes<T, 64, 4, 32>(task, of_queries, stream)
+    : D <= 128 ? launch_passes<T, 128, 4, 32>(task, of_queries, stream)
+               : launch_passes<T, 256, 4, 16>(task, of_queries, stream);
+  }
+}
+
+template <typename T>
+BackwardTask<T> make_task(const AttentionBackward<T>& p, QueryRow* queries) {
+  return {.p = p,
+          .operands = Operands<T>(p.in),
+          .dy_sixteens = in_sixteens(p.dy),
+          .dq_sixteens = in_sixteens(p.dq),
+          .dk_sixteens = in_sixteens(p.dk),
+          .dv_sixteens = in_sixteens(p.dv),
+          .queries = queries,
+          .added = {},
+          .over_prompts = nullptr,
+          .gate = nullptr,
+          .dk_sums = nullptr,
+          .dv_sums = nullptr};
+}
+
+template <typename T>
+void launch_delta(const BackwardTask<T>& task, Stream stream) {
+  const int64_t rows = all_rows(task.p.in);
+  if (rows == 0) return;
+  LK_LAUNCH(attention_delta_kernel<T>, unsigned(ceil_div(rows, kRowThreads / 32)), kRowThreads, 0, stream)(task);
+  check_launch("attention_delta_kernel");
+}
+
+// What the backward over prompts leaves for that over words, and what it needs itself.
+template <typename T>
+struct PromptSpace {
+  int64_t chunk_tokens, chunks;  // of the queries that dk and dv of the prompts are summed over together
+  PromptOutputs<T> outputs;
+  T* dq;              // [B, T, H, D]
+  QueryRow* queries;  // [B, Hkv, T·G]
+  float *dk, *dv;     // [B·chunks, Hkv, P, D]
+
+  PromptSpace(const Attended<T>& in, Workspace& space)
+      : chunk_tokens(max64(1, 512 / in.G())),
+        chunks(max64(1, ceil_div(in.T_, chunk_tokens))),
+        outputs(in, space),
+        dq(space.take<T>(all_rows(in) * in.D)),
+        queries(space.take<QueryRow>(all_rows(in))) {
+    const int64_t sums = (in.starts_q ? 1 : in.sequences) * chunks * in.Hkv * in.prompts.P * in.D;
+    dk = space.take<float>(sums);
+    dv = space.take<float>(sums);
+  }
+};
+
+template <typename T>
+AttentionForward<T> forward_over_prompts(const AttentionBackward<T>& p, const PromptSpace<T>& at) {
+  return {dense_queries(at.outputs.y, p.in), at.outputs.lse, over_prompts(p.in)};
+}
+
+// dq of the prompts, and what they themselves receive.
+template <typename T>
+void backward_over_prompts(const AttentionBackward<T>& p, const PromptSpace<T>& at, void* rest, Stream stream) {
+  run(forward_over_prompts(p, at), rest, stream);
+  const Prompts<T>& prompts = p.in.prompts;
+  AttentionBackward<T> over{.dq = dense_queries(at.dq, p.in),
+                            .dk = p.dprompt_k,
+                            .dv = p.dprompt_v,
+                            .y = dense_queries<const T>(at.outputs.y, p.in),
+                            .dy = p.dy,
+                            .lse = at.outputs.lse,
+                            .dlse = nullptr,
+                            .in = over_prompts(p.in)};
+  BackwardTask<T> task = make_task(over, at.queries);
+  task.gate = prompts.gate;
+  launch_delta(task, stream);
+  launch_passes(task, true, stream);
+  LK_LAUNCH(attention_gate_kernel<T>, unsigned(p.in.H), kSumThreads, 0, stream)(task, p.dprompt_gate);
+  check_launch("attention_gate_kernel");
+  task.operands.chunks = at.chunks;
+  task.operands.chunk_tokens = at.chunk_tokens;
+  task.dk_sums = at.dk;
+  task.dv_sums = at.dv;
+  launch_passes(task, false, stream);
+  if (prompts.B == 0) return;
+  const int64_t parts = over.in.sequences * at.chunks / prompts.B;
+  for (const auto& [to, sums] : {std::pair{p.dprompt_k, at.dk}, {p.dprompt_v, at.dv}}) {
+    LK_LAUNCH(attention_prompt_sum_kernel<T>, unsigned(prompts.B * prompts.P * p.in.Hkv), kSumThreads, 0, stream)
+    (to, sums, prompts.P, p.in.Hkv, p.in.D, parts);
+    check_launch("attention_prompt_sum_kernel");
+  }
+}
+
+template <typename T>
+int64_t backward_bytes(const AttentionBackward<T>& p) {
+  Workspace space(nullptr);
+  space.take<QueryRow>(all_rows(p.in));
+  if (!p.in.prompts.gate || p.in.H * p.in.D == 0) return space.bytes();
+  const PromptSpace<T> prompts(p.in, space);
+  return space.bytes() + workspace_bytes(forward_over_prompts(p, prompts));
+}
+
+template <typename T>
+void attention_backward(const AttentionBackward<T>& p, void* workspace, Stream stream) {
+  const Attended<T>& in = p.in;
+  if (in.H * in.D == 0) return;
+  Workspace space(workspace);
+  BackwardTask<T> task = make_task(p, space.take<QueryRow>(all_rows(in)));
+  if (in.prompts.gate) {
+    const PromptSpace<T> prompts(in, space);
+    backward_over_prompts(p, prompts, space.rest(), stream);
+    task.over_prompts = prompts.queries;
+    task.added = {dense_queries<const T>(prompts.dq, in), nullptr};
+  }
+  if (in.sequences == 0) return;
+  launch_delta(task, stream);
+  launch_passes(task, true, stream);
+  launch_passes(task, false, stream);
+}
+
+LK_CUDA_KERNEL(AttentionBackward<float>, attention_backward<float>, backward_bytes<float>);
+LK_CUDA_KERNEL(AttentionBackward<bfloat16>, attention_backward<bfloat16>, backward_bytes<bfloat16>);
+LK_CUDA_KERNEL(AttentionBackward<float16>, attention_backward<float16>, backward_bytes<float16>);
+
+}  // namespace llamakern::cuda

@@ -1,0 +1,42 @@
+"""A call of each op on the GPU, small and with odd sizes, for compute-sanitizer to watch: not a test of results."""
+
+import torch
+
+from llamakern import ops
+
+torch.manual_seed(0)
+torch.set_default_device("cuda")
+
+
+def leaves(*tensors):
+    return [t.requires_grad_() for t in tensors]
+
+
+def backward(y, inputs):
+    torch.autograd.grad(y, inputs, torch.randn_like(y))
+
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    x, w, gate, up = leaves(*(torch.randn(*shape, dtype=dtype) for shape in ((37, 72), (72,), (37, 33), (37, 33))))
+    backward(ops.rms_norm(x, w, eps=1e-5), (x, w))
+    backward(ops.swiglu(gate, up), (gate, up))
+    q, k, v = leaves(torch.randn(2, 37, 4, 40, dtype=dtype), *torch.randn(2, 2, 37, 2, 40, dtype=dtype).unbind())
+    angle = torch.randn(37, 20)
+    backward(ops.rope(q, k, angle.cos(), angle.sin())[0], (q,))
+    backward(ops.attention(q, k, v), (q, k, v))
+    lengths = torch.tensor([37, 5], dtype=torch.int32)
+    with torch.no_grad():
+        ops.cache_append_(k.detach(), v.detach(), k[:, :1], v[:, :1], lengths)
+        ops.attention_decode(q[:, :1], k, v, lengths=lengths)
+    head, labels = leaves(torch.randn(150, 72, dtype=dtype))[0], torch.randint(0, 150, (37,))
+    labels[::3] = -100
+    backward(ops.linear_cross_entropy(x, head, labels), (x, head))
+    packed, absmax = ops.nf4_quantize(torch.randn(50, 128, dtype=dtype))
+    ops.nf4_dequantize(packed, absmax, dtype=dtype)
+    a, b = leaves(torch.randn(5, 128, dtype=dtype), torch.randn(50, 5, dtype=dtype))
+    for M in (1, 37):
+        (y,) = leaves(torch.randn(M, 128, dtype=dtype))
+        backward(ops.nf4_linear(y, packed, absmax), (y,))
+        backward(ops.nf4_lora_linear(y, packed, absmax, a, b, scale=0.5), (y, a, b))
+torch.cuda.synchronize()
+print("every op ran")
