@@ -43,7 +43,7 @@ class CompareConfig(TrainConfig):
     out: str = "runs/compare"
     methods: tuple[str, ...] = METHODS  # several at once with +, as in lora+excitor; qlora is lora over NF4
     options: dict[str, dict] = field(default_factory=dict)  # of the methods by name: excitor.prompt_len=30
-    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     seeds: int = 3
     tokens: int = 100_000  # that each run trains on, at least
     tokenizer: str | None = None

@@ -94,13 +94,15 @@ class Method:
     def head_channels(self, name: str) -> int | None:
         """The axis of this tensor that runs over the channels of q's or k's heads; None for most.
 
-        Files hold those in transformers' order ("half"); a model with interleaved pairs has them permuted.
+        Files hold those in transformers' order: "half" for LLaMA 1 to 3, so a model of those with interleaved pairs has
+        them permuted; LLaMA 4 is interleaved there too.
         """
         return None
 
     def turned(self, tensors: Mapping[str, Tensor], model: nn.Module, permute) -> dict[str, Tensor]:
         """The tensors with the rows of their head channels permuted, if the model has interleaved pairs."""
-        if getattr(getattr(model, "config", None), "rope_layout", "half") == "half":
+        config = getattr(model, "config", None)
+        if getattr(config, "rope_layout", "half") == "half" or getattr(config, "moe", None) is not None:
             return dict(tensors)
         made = {}
         for name, t in tensors.items():
