@@ -126,6 +126,7 @@ BackwardTask<T> make_task(const AttentionBackward<T>& p, QueryRow* queries) {
           .queries = queries,
           .added = {},
           .over_prompts = nullptr,
+          .exact = std::is_same_v<T, float16>,
           .gate = nullptr,
           .dk_sums = nullptr,
           .dv_sums = nullptr};
@@ -180,6 +181,7 @@ void backward_over_prompts(const AttentionBackward<T>& p, const PromptSpace<T>& 
                             .in = over_prompts(p.in)};
   BackwardTask<T> task = make_task(over, at.queries);
   task.gate = prompts.gate;
+  task.exact = true;
   launch_delta(task, stream);
   launch_passes(task, true, stream);
   LK_LAUNCH(attention_gate_kernel<T>, unsigned(p.in.H), kSumThreads, 0, stream)(task, p.dprompt_gate);

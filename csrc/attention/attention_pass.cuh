@@ -48,6 +48,7 @@ struct BackwardTask {
   QueryRow* queries;             // [B, Hkv, T·G]
   Added<T> added;                // to dq
   const QueryRow* over_prompts;  // words: null, or what their delta lacks
+  bool exact;                    // delta = Σ p dp by a pass over the keys: y is too coarse for it
   const float* gate;             // prompts: [H], p is multiplied by it; else null
   float *dk_sums, *dv_sums;      // prompts: [B·chunks, Hkv, P, D], which dk and dv go to
 };
@@ -238,6 +239,42 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     load_rows(shared.x1[0], in.q, in.k, operands.q_sixteens, operands.k_sixteens);
     if constexpr (kFirst) load_rows(shared.x2[0], task.p.dy, in.v, task.dy_sixteens, operands.v_sixteens);
     load(0, low);
+  }
+  if constexpr (kOwnsQueries) {
+    if (task.exact) {
+      float delta[2] = {};
+      for (int at = low, stage = 0; at < high; at += kN, stage ^= 1) {
+        cp_async_wait<0>();
+        __syncthreads();
+        load(stage ^ 1, at + kN < high ? at + kN : low);
+        float s[1][kN / 8][4] = {}, dp[1][kN / 8][4] = {};
+        dot_rows<T, kD, 1, kN>(s, shared.x1[warp_row], shared.y1[stage][0]);
+        dot_rows<T, kD, 1, kN>(dp, shared.x2[warp_row], shared.y2[stage][0]);
+        lens.column0 = at;
+        weigh<Shape>(s[0], operands, tile, lens, nullptr);
+#pragma unroll
+        for (int n = 0; n < kN / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (s[0][n][i] != 0.0f) delta[i / 2] += s[0][n][i] * dp[0][n][i];
+        }
+      }
+      __syncthreads();
+      if (low < high) {
+        cp_async_wait<0>();
+        load(0, low);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = quad_sum(delta[h]);
+        if (lens.row[h] >= tile.rows) continue;
+        const float* dlse = task.p.dlse;
+        lens.mine[h].minus_delta =
+            (dlse && lens.mine[h].lse != INFINITY ? dlse[lse_index(operands, tile, lens.row[h])] : 0.0f) - sum;
+        if (lane_id() % 4 == 0)
+          task.queries[row_index(operands, tile, lens.row[h])].minus_delta = lens.mine[h].minus_delta;
+      }
+    }
   }
   for (int at = low, stage = 0; at < high; at += kN, stage ^= 1) {
     cp_async_wait<0>();
