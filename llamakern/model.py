@@ -25,6 +25,7 @@ from llamakern.cache import KVCache
 from llamakern.config import LlamaConfig
 from llamakern.moe import Experts, MoE, Router, auxiliary_loss
 from llamakern.nn import RMSNorm
+from llamakern.ops._door import autocast_dtype
 from llamakern.prefix import lay
 from llamakern.rotary import cos_sin
 
@@ -220,8 +221,7 @@ class Llama(nn.Module):
         It has room for the virtual tokens of a prefix too.
         """
         c, like = self.config, self.embed_tokens.weight
-        cast = torch.is_autocast_enabled(like.device.type)
-        dtype = torch.get_autocast_dtype(like.device.type) if cast else like.dtype
+        dtype = autocast_dtype(like) or like.dtype
         max_len += 0 if self.prefix is None else self.prefix.shape[0]
         heads = [kept_heads(layer.self_attn.attend, c) for layer in self.layers]
         return KVCache(heads, batch, max_len, dtype=dtype, device=like.device)

@@ -9,7 +9,6 @@ from compare import assert_same_bits
 
 from llamakern import _C, Llama, LlamaConfig, nn, ops, peft, runs
 from llamakern.decoding import decoder
-from llamakern.model import KVCache
 
 ROOT = Path(__file__).parent.parent
 on_a_gpu = pytest.mark.skipif(not (_C.cuda_built and torch.cuda.is_available()), reason="needs a GPU and its engine")
@@ -46,8 +45,7 @@ def test_build_facts():
 
 def decode_step(model, device):
     """The step to be captured, and what it works on."""
-    c = model.config
-    cache = KVCache(c.n_layers, 2, 32, c.n_kv_heads, c.head_dim, dtype=torch.bfloat16, device=device)
+    cache = model.new_cache(2, 32)
     tokens = torch.ones(2, 4, dtype=torch.long, device=device)
     with torch.no_grad():
         model(tokens, cache=cache)
