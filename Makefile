@@ -71,20 +71,22 @@ bench-models: env
 	$(VENV)/python benchmarks/bench_transformers.py --json $(RESULTS)/transformers.json
 	$(VENV)/python benchmarks/report.py $(RESULTS) > $(RESULTS)/README.md
 
-# The room tests on a build with the address and undefined-behaviour sanitizers. SANITIZE_TESTS=tests/test_rope.py for a part.
+# The room tests on a build with the address and undefined-behaviour sanitizers. SANITIZE_TESTS=tests/test_rope.py for some
+# files, SANITIZE_ONLY=f32 for some tests of each.
+SANITIZE_ONLY ?= test
 SANITIZE_TESTS ?= $(ROOMS:%=tests/test_%.py)
 sanitize: $(READY)
 	LLAMAKERN_SANITIZE=address,undefined LLAMAKERN_BUILD_NAME=cmake-sanitize \
 	  $(VENV)/python setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/sanitize $(VENV)/pytest -x -p no:cacheprovider $(SANITIZE_TESTS)
+	  PYTHONPATH=build/sanitize $(VENV)/pytest -x -p no:cacheprovider -k '$(SANITIZE_ONLY)' $(SANITIZE_TESTS)
 
 # The CUDA kernels on the CPU, under the checks of host_cuda/: the room tests on a build that has no other kernels.
 CUDA_ROOMS ?= $(patsubst csrc/%/,%,$(sort $(dir $(wildcard csrc/*/*_cuda.cu))))
 CUDA_TESTS = $(CUDA_ROOMS:%=tests/test_%.py) $(wildcard $(CUDA_ROOMS:%=tests/test_%_limits.py) $(CUDA_ROOMS:%=tests/test_%_rows.py))
 cuda-host: $(READY)
 	LLAMAKERN_HOST_CUDA=ON LLAMAKERN_BUILD_NAME=cmake-cuda-host $(VENV)/python setup.py -q build --build-lib build/cuda-host
-	PYTHONPATH=build/cuda-host OMP_WAIT_POLICY=passive $(VENV)/pytest -x -p no:cacheprovider -m "not large and not slow" $(CUDA_TESTS)
+	PYTHONPATH=build/cuda-host HOST_CUDA_THREADS=2 OMP_WAIT_POLICY=passive $(VENV)/pytest -x -p no:cacheprovider -m "not large and not slow" $(CUDA_TESTS)
 
 # What every CUDA kernel takes of a GPU, by nvcc: an error where one spills without a written reason.
 cuda-check:

@@ -258,7 +258,15 @@ def test_later_tokens_change_nothing(dtype, isa):
     assert_same_bits(ops.attention(q, k, v)[:, :100], before[:, :100])
 
 
-@pytest.mark.parametrize("shape", [(2, 150, 150, 8, 2, 24), (1, 300, 300, 8, 1, 16), (1, 2, 700, 4, 1, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((2, 150, 150, 8, 2, 24), marks=pytest.mark.large),
+        pytest.param((1, 300, 300, 8, 1, 16), marks=pytest.mark.large),
+        (2, 60, 60, 4, 2, 24),
+        (1, 2, 700, 4, 1, 16),
+    ],
+)
 def test_equal_bits_for_any_thread_count(shape, dtype, isa):
     check_thread_counts(ops.attention, make_inputs(*shape, dtype))
 

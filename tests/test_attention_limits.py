@@ -39,7 +39,14 @@ def test_windows_and_chunks_beyond_all_keys(T, S, causal, far):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("T", "S"), [(450, 450), (300, 450), (450, 300), (3, 450)])
+@pytest.mark.parametrize(
+    ("T", "S"),
+    [
+        *(pytest.param(*sizes, marks=pytest.mark.large) for sizes in ((450, 450), (300, 450), (450, 300))),
+        (90, 150),
+        (3, 450),
+    ],
+)
 def test_causal_as_a_mask_has_equal_bits(T, S, causal, dtype, isa):
     """A block of keys that the mask hides from a whole strip is skipped, as causal skips it: neither changes a bit."""
     inputs = make_inputs(2, T, S, 4, 2, 24, dtype)
@@ -91,6 +98,7 @@ def test_blind_rows_take_no_gradient_of_lse():
     assert all(g.isfinite().all() for g in torch.autograd.grad((y, lse), (q, k, v), (torch.ones_like(y), dlse)))
 
 
+@pytest.mark.large
 def test_strides_beyond_two_to_the_31_elements():
     """The rows of the batch lie so far apart that a 32-bit index would miss. Pages never touched cost nothing."""
     near, apart = near_and_far(2, 40, 2, 8)
@@ -104,6 +112,7 @@ def test_strides_beyond_two_to_the_31_elements():
             assert_same_bits(got.detach(), want.detach())
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("T", [1, 3])
 def test_cache_beyond_two_to_the_31_elements(T):
     """Rows of a cache, or its last blocks, that a 32-bit index would miss."""
