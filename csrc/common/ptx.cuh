@@ -106,22 +106,6 @@ LK_DEVICE uint32_t narrow2(float first, float second) {
 #endif
 }
 
-// narrow() of both, in one register.
-template <typename T>
-LK_DEVICE uint32_t narrow_pair(float first, float second) {
-#ifdef __CUDACC__
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  }
-  return pair;
-#else
-  return pack(narrow<T>(first), narrow<T>(second));
-#endif
-}
-
 // The nearest float with 10 bits of mantissa, ties away from zero: an operand of mma_tf32.
 LK_DEVICE uint32_t narrow_tf32(float x) {
 #ifdef __CUDACC__

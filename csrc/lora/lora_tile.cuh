@@ -168,7 +168,7 @@ struct Kept {
     } else {
       uint32_t pair[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) pair[j] = narrow_pair<Element>(part(chunk.x[2 * j]), part(chunk.x[2 * j + 1]));
+      for (int j = 0; j < 4; ++j) pair[j] = narrow2<Element>(part(chunk.x[2 * j]), part(chunk.x[2 * j + 1]));
       *out = uint4{pair[0], pair[1], pair[2], pair[3]};
     }
   }

@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads) nf4_dequantize_kernel(const Nf4Dequa
       reinterpret_cast<float4*>(w)[1] = float4{x[4] * scale, x[5] * scale, x[6] * scale, x[7] * scale};
     } else {
       *reinterpret_cast<uint4*>(w) =
-          uint4{narrow_pair<T>(x[0] * scale, x[1] * scale), narrow_pair<T>(x[2] * scale, x[3] * scale),
-                narrow_pair<T>(x[4] * scale, x[5] * scale), narrow_pair<T>(x[6] * scale, x[7] * scale)};
+          uint4{narrow2<T>(x[0] * scale, x[1] * scale), narrow2<T>(x[2] * scale, x[3] * scale),
+                narrow2<T>(x[4] * scale, x[5] * scale), narrow2<T>(x[6] * scale, x[7] * scale)};
     }
   } else {
 #pragma unroll

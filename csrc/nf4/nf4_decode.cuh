@@ -52,8 +52,8 @@ struct ScaledCodes {
     constexpr Codebook codes;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const uint32_t first = narrow_pair<T>(codes.value[4 * q] * scale, codes.value[4 * q + 1] * scale);
-      const uint32_t second = narrow_pair<T>(codes.value[4 * q + 2] * scale, codes.value[4 * q + 3] * scale);
+      const uint32_t first = narrow2<T>(codes.value[4 * q] * scale, codes.value[4 * q + 1] * scale);
+      const uint32_t second = narrow2<T>(codes.value[4 * q + 2] * scale, codes.value[4 * q + 3] * scale);
       low[q] = permute_bytes(first, second, 0x6420);
       high[q] = permute_bytes(first, second, 0x7531);
     }
@@ -170,8 +170,7 @@ struct Nf4Operand {
         wide[0] = float4{x[0], x[1], x[2], x[3]};
         wide[1] = float4{x[4], x[5], x[6], x[7]};
       } else {
-        out[q] = uint4{narrow_pair<E>(x[0], x[1]), narrow_pair<E>(x[2], x[3]), narrow_pair<E>(x[4], x[5]),
-                       narrow_pair<E>(x[6], x[7])};
+        out[q] = uint4{narrow2<E>(x[0], x[1]), narrow2<E>(x[2], x[3]), narrow2<E>(x[4], x[5]), narrow2<E>(x[6], x[7])};
       }
     }
   }

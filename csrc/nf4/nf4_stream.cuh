@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kStreamThreads, kTiles == 1 ? 2 : 1)
   for (int s = 0; s < kAhead; ++s) stage[s].load(p, n0, warp + s * kStreamWarps);
   float code[8];
   decode_codes(code, threadIdx.x);
-  const uint32_t pair = narrow_pair<T>(code[0] * kCodeFactor<T>, code[1] * kCodeFactor<T>);
+  const uint32_t pair = narrow2<T>(code[0] * kCodeFactor<T>, code[1] * kCodeFactor<T>);
   for (int i = 0; i < 32; ++i) table[threadIdx.x * 32 + (lane + i) % 32] = pair;
   __syncthreads();
 
