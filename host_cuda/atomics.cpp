@@ -7,10 +7,10 @@ namespace {
 template <typename T, typename F>
 T change(T* p, uintptr_t site, F&& f) {
   Machine& m = *running();
-  check_access(Kind::kAtomicUpdate, reinterpret_cast<uintptr_t>(p), sizeof(T), sizeof(T), site);
   T old, next;
   {
     const AtomicOrder order(reinterpret_cast<uintptr_t>(p));
+    check_access(Kind::kAtomicUpdate, reinterpret_cast<uintptr_t>(p), sizeof(T), sizeof(T), site);
     const std::atomic_ref<T> atomic(*p);
     old = atomic.load();
     next = f(old);
@@ -24,17 +24,17 @@ T change(T* p, uintptr_t site, F&& f) {
 
 uint32_t atomic_load(const uint32_t* p) {
   Machine& m = *running();
-  check_access(Kind::kAtomicRead, reinterpret_cast<uintptr_t>(p), 4, 4, HOST_SITE);
   m.give_way(false);
   const AtomicOrder order(reinterpret_cast<uintptr_t>(p));
+  check_access(Kind::kAtomicRead, reinterpret_cast<uintptr_t>(p), 4, 4, HOST_SITE);
   return std::atomic_ref(*const_cast<uint32_t*>(p)).load();
 }
 
 void atomic_store(uint32_t* p, uint32_t value) {
   Machine& m = *running();
-  check_access(Kind::kAtomicWrite, reinterpret_cast<uintptr_t>(p), 4, 4, HOST_SITE);
   {
     const AtomicOrder order(reinterpret_cast<uintptr_t>(p));
+    check_access(Kind::kAtomicWrite, reinterpret_cast<uintptr_t>(p), 4, 4, HOST_SITE);
     std::atomic_ref(*p).store(value);
   }
   m.give_way(true);

@@ -108,7 +108,8 @@ struct Shadow {
 };
 
 constexpr uint64_t kUnderWay = 2, kAtomic = 1;
-constexpr uint64_t kSplit = ~uint64_t{0};  // as a word's write: see its bytes
+constexpr uint64_t kSplit = ~uint64_t{0};    // as a word's write: see its bytes
+constexpr uint64_t kSplitting = kSplit - 1;  // and: its bytes are being filled
 constexpr int kSerialShift = 34, kThreadShift = 24;
 constexpr uint32_t kLastTime = (1u << 22) - 1;
 constexpr uint64_t make_access(uint64_t serial, int thread, uint32_t clock, uint64_t marks) {
@@ -137,7 +138,7 @@ struct LaunchState {  // what the OS threads that run one launch share
   uint64_t first_serial;
   int os_threads;
   std::atomic<bool> fences{false};  // was there any?
-  std::mutex mutex;
+  std::recursive_mutex mutex;
   Variables variables;
 };
 
@@ -164,9 +165,10 @@ struct Machine {  // one for each OS thread
   std::vector<BulkCopy> bulk;
   Clocks clock[kMaxWarps];  // [w][v]: what warp w knows of the time of warp v
   std::vector<Seen> learned;
-  Variables variables;  // in shared memory
-  uint64_t random = 0;  // 0: threads take turns
-  uint64_t idle = 0;    // how often threads gave way since anything changed
+  Variables variables;                              // in shared memory
+  std::unique_lock<std::recursive_mutex> ordering;  // of the launch's mutex, while an AtomicOrder lives
+  uint64_t random = 0;                              // 0: threads take turns
+  uint64_t idle = 0;                                // how often threads gave way since anything changed
   std::chrono::steady_clock::time_point idle_since;
   Traffic* traffic = nullptr;
 
@@ -210,9 +212,9 @@ std::string stack_text(const Fiber& waiting);
 
 // order.cpp
 bool knows(const Machine&, uint64_t access);  // through fences and atomics
-struct AtomicOrder {                          // lives around an atomic at p
+struct AtomicOrder {                          // lives around an atomic at p, its check included
   explicit AtomicOrder(uintptr_t p);
-  std::unique_lock<std::mutex> lock;
+  ~AtomicOrder();
 };
 
 // Did the access `a` happen before what the running thread does now?

@@ -106,7 +106,7 @@ bool among(const Machine& m, const Seen& seen, uint64_t access, Visited& visited
 
 bool knows(const Machine& m, uint64_t access) {
   if (m.learned.empty()) return false;
-  std::unique_lock<std::mutex> lock;
+  std::unique_lock<std::recursive_mutex> lock;
   if (m.launch->os_threads > 1) lock = std::unique_lock(m.launch->mutex);
   Visited visited;
   for (const Seen& s : m.learned) {
@@ -118,7 +118,7 @@ bool knows(const Machine& m, uint64_t access) {
 // With each atomic, and as one step with it: what the thread lets others know, and what it may learn at its next fence.
 AtomicOrder::AtomicOrder(uintptr_t p) {
   Machine& m = *running();
-  if (m.launch->os_threads > 1) lock = std::unique_lock(m.launch->mutex);
+  if (m.launch->os_threads > 1) m.ordering = std::unique_lock(m.launch->mutex);
   if (!m.launch->fences) return;
   Fiber& f = *m.now;
   std::shared_ptr<Variable>& variable = (is_shared(m, p) ? m.variables : m.launch->variables)[p];
@@ -139,5 +139,7 @@ AtomicOrder::AtomicOrder(uintptr_t p) {
   }
   f.seen.push_back({variable, releases.size(), f.number, 0});
 }
+
+AtomicOrder::~AtomicOrder() { running()->ordering = {}; }
 
 }  // namespace host

@@ -180,6 +180,7 @@ void Machine::stop(std::string what) {
   } else {
     fault += "  thread " + format(now->index) + "\n  what    " + detail + "\n  at      " + stack_text(frame);
   }
+  ordering = {};
   leave(*this);
 }
 

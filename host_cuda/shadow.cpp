@@ -50,19 +50,22 @@ std::string place(const Access& a, uintptr_t p) { return a.region.name + " + " +
            " has not been waited for\n  there   " + where(image_base + c.write_site));
 }
 
-// One cell, of a word or of a byte at p.
+uint64_t last_write(Cell& c) { return std::atomic_ref(c.write).load(std::memory_order_relaxed); }
+
+// One cell, of a word or of a byte at p, whose last write was `write`: loaded once, for other OS threads may split a
+// word in the meantime.
 template <Kind kind>
-__attribute__((always_inline)) inline void touch(Access& a, Cell& c, uintptr_t p) {
+__attribute__((always_inline)) inline void touch(Access& a, Cell& c, uint64_t write, uintptr_t p) {
   constexpr bool atomic = marks(kind) == kAtomic;
   const Machine& m = a.m;
   const bool shared = a.region.kind == Region::kShared;
-  if (shared && serial_of(c.write) != m.serial) {
+  if (shared && serial_of(write) != m.serial) {
     if (reads(kind) || kind == Kind::kAtomicUpdate) unwritten(kind, a, p);
-  } else if (c.write != a.known[0]) {
-    if (c.write & kUnderWay && serial_of(c.write) == m.serial && kind != Kind::kCopyLand) too_early(kind, a, p, c);
-    const bool fine = !c.write || (atomic && c.write & kAtomic) || ordered(m, c.write);
-    if (!fine) race(kind, a, p, "wrote", c.write, c.write_site);
-    a.known[0] = c.write;
+  } else if (write != a.known[0]) {
+    if (write & kUnderWay && serial_of(write) == m.serial && kind != Kind::kCopyLand) too_early(kind, a, p, c);
+    const bool fine = !write || (atomic && write & kAtomic) || ordered(m, write);
+    if (!fine) race(kind, a, p, "wrote", write, c.write_site);
+    a.known[0] = write;
   }
   if constexpr (reads(kind)) {
     if (thread_of(c.reads[0]) != m.now->number || serial_of(c.reads[0]) != m.serial) c.reads[1] = c.reads[0];
@@ -81,19 +84,29 @@ __attribute__((always_inline)) inline void touch(Access& a, Cell& c, uintptr_t p
   }
 }
 
+// Blocks on several OS threads may come to split the same word: one of them does, the others wait.
+[[gnu::noinline]] void split(Cell& word, Cell* bytes) {
+  const std::atomic_ref<uint64_t> state(word.write);
+  for (uint64_t write = state; write != kSplit; write = state) {
+    if (write == kSplitting || !state.compare_exchange_strong(write, kSplitting)) continue;
+    Cell whole = word;
+    whole.write = write;
+    std::fill(bytes, bytes + 4, whole);
+    state = kSplit;
+  }
+}
+
 // The word whose bytes begin ... begin + 3 are touched from `first` on, up to `last`.
 template <Kind kind>
 __attribute__((always_inline)) inline void touch_word(Access& a, uintptr_t begin, uintptr_t first, uintptr_t last) {
   const size_t index = (begin - a.region.origin()) / 4;
   Cell& word = a.region.shadow.words[index];
   const bool whole = first == begin && last == begin + 4;
-  if (whole && word.write != kSplit) return touch<kind>(a, word, begin);
+  const uint64_t write = last_write(word);
+  if (whole && write < kSplitting) return touch<kind>(a, word, write, begin);
   Cell* const bytes = a.region.shadow.bytes + 4 * index;
-  if (word.write != kSplit) {
-    std::fill(bytes, bytes + 4, word);
-    word.write = kSplit;
-  }
-  for (uintptr_t p = first; p < last; ++p) touch<kind>(a, bytes[p - begin], p);
+  if (write != kSplit) split(word, bytes);
+  for (uintptr_t p = first; p < last; ++p) touch<kind>(a, bytes[p - begin], last_write(bytes[p - begin]), p);
   if (whole && !reads(kind)) word = bytes[0];
 }
 
@@ -189,9 +202,9 @@ void volatile_access(Kind kind, void* address, unsigned bytes, uintptr_t site) {
   Machine* const m = running();
   const auto p = reinterpret_cast<uintptr_t>(address);
   if (!m || p - m->stacks < kStacks) return;
-  check_access(kind, p, bytes, bytes, site);
   if (reads(kind)) m->give_way(false);
   const AtomicOrder order(p);
+  check_access(kind, p, bytes, bytes, site);
 }
 
 void unaligned_access(Kind kind, void* p, unsigned bytes, uintptr_t site) {

@@ -98,7 +98,7 @@ def places(kernel, mark):
     return "|".join(rf"{kernel}\S* bugs\.cu:{line}\b" for line in lines_of(kernel, mark))
 
 
-@pytest.mark.parametrize("settings", [{}, {"HOST_CUDA_SEED": "1"}, {"HOST_CUDA_SEED": "7", "HOST_CUDA_THREADS": "2"}])
+@pytest.mark.parametrize("settings", [{}, {"HOST_CUDA_SEED": "1"}, {"HOST_CUDA_SEED": "7", "HOST_CUDA_THREADS": "8"}])
 def test_right_kernels_equal_float64(proof, settings):
     lines = proof("check", **settings).stdout.splitlines()
     assert len(lines) >= 15

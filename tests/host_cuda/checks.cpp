@@ -121,6 +121,22 @@ void check_sums(int rows, int columns) {
   expect(locked[0] == 350, "sum under a lock", std::abs(locked[0] - 350));
 }
 
+// With several OS threads, blocks that run at once come to each word at about the same time. Each launch reads new
+// words.
+void check_halves(int launches, int blocks, int n) {
+  const auto x = tensor<bfloat16>(size_t(launches) * n);
+  std::vector<float> y(blocks, NAN);
+  const auto rx = registered(x, "x"), ry = registered(y, "y");
+  double worst = 0;
+  for (int l = 0; l < launches; ++l) {
+    halves_sum(y.data(), x.data() + l * n, n, blocks);
+    double sum = 0;
+    for (int i = 0; i < n; ++i) sum += widen(x[l * n + i]);
+    for (const float e : y) worst = std::fmax(worst, std::abs(sum - e));
+  }
+  expect(worst < 1e-3, "elements of two bytes read by every block", worst);
+}
+
 void check_pipeline(int tiles) {
   const auto x = tensor<float>(size_t(tiles) * 128);
   std::vector<float> y(128, NAN);
@@ -170,6 +186,7 @@ int check_all() {
   check_attention(2, 64);
   check_attention(1, 200);
   check_sums(7, 1000);
+  check_halves(100, 4, 4096);
   check_pipeline(10);
   check_products();
   failures += check_instructions() + check_registry();

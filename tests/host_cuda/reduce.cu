@@ -77,6 +77,14 @@ __global__ void handed_on_kernel(int* y) {
   *turn = *turn + 1;
 }
 
+// Every block reads the same elements, two of which share a word of memory.
+__global__ void halves_sum_kernel(float* y, const bfloat16* x, int n) {
+  float total = 0.0f;
+  for (int i = threadIdx.x; i < n; i += kThreads) total += widen(x[i]);
+  total = block_sum(total);
+  if (threadIdx.x == 0) y[blockIdx.x] = total;
+}
+
 __global__ void peek_kernel(float* y, const float* x) {
   if (threadIdx.x == 0) *y = *x;
 }
@@ -94,4 +102,7 @@ void locked_sum(int* y, int blocks, int threads) { LK_LAUNCH(locked_sum_kernel, 
 void handed_on(int* y, int threads) { LK_LAUNCH(handed_on_kernel, 1, threads, 0, 0)(y); }
 void sum(float* y, const float* x, int n) {
   LK_LAUNCH(sum_kernel, (n + kThreads - 1) / kThreads, kThreads, 0, 0)(y, x, n);
+}
+void halves_sum(float* y, const bfloat16* x, int n, int blocks) {
+  LK_LAUNCH(halves_sum_kernel, blocks, kThreads, 0, 0)(y, x, n);
 }
