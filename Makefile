@@ -83,7 +83,8 @@ sanitize: $(READY)
 
 # The CUDA kernels on the CPU, under the checks of host_cuda/: the room tests on a build that has no other kernels.
 CUDA_ROOMS ?= $(patsubst csrc/%/,%,$(sort $(dir $(wildcard csrc/*/*_cuda.cu))))
-CUDA_TESTS = $(CUDA_ROOMS:%=tests/test_%.py) $(wildcard $(CUDA_ROOMS:%=tests/test_%_limits.py) $(CUDA_ROOMS:%=tests/test_%_rows.py))
+CUDA_PARTS = limits rows prompts decode
+CUDA_TESTS = $(CUDA_ROOMS:%=tests/test_%.py) $(foreach part,$(CUDA_PARTS),$(wildcard $(CUDA_ROOMS:%=tests/test_%_$(part).py)))
 cuda-host: $(READY)
 	LLAMAKERN_HOST_CUDA=ON LLAMAKERN_BUILD_NAME=cmake-cuda-host $(VENV)/python setup.py -q build --build-lib build/cuda-host
 	PYTHONPATH=build/cuda-host HOST_CUDA_THREADS=2 OMP_WAIT_POLICY=passive $(VENV)/pytest -x -p no:cacheprovider -m "not large and not slow" $(CUDA_TESTS)
