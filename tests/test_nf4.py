@@ -205,6 +205,12 @@ def test_every_number_of_tokens(M, dtype, isa):
     check_linear(M, 101, 448, dtype, double=M % 2 == 0)
 
 
+@pytest.mark.parametrize("M", [3, 16, 40])
+def test_long_reduction(M, dtype, isa):
+    """Rounding must not grow with all the products of a sum."""
+    check_linear(M, 17, 4160, dtype)
+
+
 @pytest.mark.parametrize("M", [1, 3, 16, 40, 80])
 @pytest.mark.parametrize("block_size", [64, 128, 1024])
 def test_blocks_that_cross_rows_of_whole_units(block_size, M, isa):
