@@ -138,7 +138,7 @@ def corpus() -> tuple[list[str], list[Documented], list[Documented]]:
     """Texts to pre-train on, functions to fine-tune on, and functions of files that neither has seen."""
     docstrings, functions = library()
     files = sorted({f.file for f in functions})
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
     held_files, held = set(), []
     by_file = {file: [f for f in functions if f.file == file] for file in files}
     for i in order:
