@@ -59,7 +59,7 @@ constexpr size_t kGiant = 4 << 20;  // bytes of memory whose shadow no launch le
 struct Entry {
   Region region;  // without a shadow where it is a giant
   bool kept;      // by remember
-  int users;  // Buffers
+  int users;      // Buffers
 };
 std::vector<Entry> entries;  // in the order in which they came
 std::mutex entries_mutex;
