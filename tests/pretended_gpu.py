@@ -21,6 +21,7 @@ WAITS = {  # the host needs a value, or as many elements as values say
     aten._unique2, aten.unique_dim, aten.bincount,
 }  # fmt: skip
 MIXES = {aten.copy_, aten._to_copy, aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
+UNDISPATCHED = {torch.Tensor.tolist, torch.Tensor.new_tensor, torch.unravel_index}
 waiting_is_refused = False
 
 
@@ -92,10 +93,11 @@ class Factories(TorchFunctionMode):
                 return self.make(fn, args, kwargs)
         elif fn in (torch.Tensor.to, torch.Tensor.cuda) and not isinstance(args[0], OnGpu):
             return self.move(fn, args, kwargs)
-        elif fn in (torch.Tensor.tolist, torch.Tensor.new_tensor) and isinstance(args[0], OnGpu):
+        elif fn in UNDISPATCHED and isinstance(args[0], OnGpu):
             must_wait(fn)
-            result = fn(args[0].held, *args[1:], **kwargs)
-            return OnGpu(result) if isinstance(result, torch.Tensor) else result
+            return tree_map_only(torch.Tensor, OnGpu, fn(args[0].held, *args[1:], **kwargs))
+        elif fn is torch.Tensor.__setitem__ and not isinstance(args[2], torch.Tensor):  # or meta loses it
+            return fn(*tree_map_only(OnGpu, lambda t: t.held, args))
         elif fn is torch.Tensor.to and any(is_gpu(w) for w in args[1:] if isinstance(w, (str, torch.device))):
             return fn(args[0], *(w for w in args[1:] if not isinstance(w, (str, torch.device))), **kwargs)
         elif fn is torch.Tensor.cuda:
