@@ -44,6 +44,9 @@ class OnGpu(torch.Tensor):
     def __repr__(self):
         return f"OnGpu({self.held!r})"
 
+    def __format__(self, form):
+        return format(self.held, form)
+
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
         return dispatch(op, args, dict(kwargs or {}))
@@ -96,8 +99,15 @@ class Factories(TorchFunctionMode):
         elif fn in UNDISPATCHED and isinstance(args[0], OnGpu):
             must_wait(fn)
             return tree_map_only(torch.Tensor, OnGpu, fn(args[0].held, *args[1:], **kwargs))
-        elif fn is torch.Tensor.__setitem__ and not isinstance(args[2], torch.Tensor):  # or meta loses it
+        elif fn is torch.Tensor.__setitem__ and isinstance(
+            args[0], OnGpu
+        ):  # torch makes numbers and lists meta tensors
             return fn(*tree_map_only(OnGpu, lambda t: t.held, args))
+        elif fn is torch.Tensor.__getitem__ and isinstance(args[1], tuple) and any(type(i) is list for i in args[1]):
+            return fn(args[0], tuple(OnGpu(torch.tensor(i, device="cpu")) if type(i) is list else i for i in args[1]))
+        elif fn is torch.where and len(args) == 3:  # likewise
+            like = next((t for t in args[1:] if isinstance(t, OnGpu)), None)
+            return fn(*(t if like is None or isinstance(t, torch.Tensor) else torch.full_like(like, t) for t in args))
         elif fn is torch.Tensor.to and any(is_gpu(w) for w in args[1:] if isinstance(w, (str, torch.device))):
             return fn(args[0], *(w for w in args[1:] if not isinstance(w, (str, torch.device))), **kwargs)
         elif fn is torch.Tensor.cuda:
