@@ -8,7 +8,7 @@
 
 namespace llamakern::LK_ISA {
 
-constexpr int64_t kTaskRows = 128, kTaskChannels = 1024;  // a multiple of kLanes
+constexpr int64_t kTaskRows = 64, kTaskChannels = 1024;  // a multiple of kLanes
 
 // The C values in float, 0 where there are none.
 template <typename T>
@@ -36,20 +36,36 @@ static void scale_shift(const ScaleShift<T>& p) {
   });
 }
 
-// Rows [begin, end) of channels [c, c + count): dx, and the sums in `dscale` and `dshift`, kTaskChannels each.
+// `rows` rows from m on of `count` channels: dx, and what they add to the sums of these channels.
+template <int rows, bool kSums, typename T>
+static void backward_rows(const ScaleShiftBackward<T>& p, const float* scale, float* dscale, float* dshift, int64_t m,
+                          int64_t first, int64_t count) {
+  const T *dy = p.dy + m * p.dy_row + first, *x = kSums ? p.x + m * p.x_row + first : nullptr;
+  T* dx = p.dx ? p.dx + m * p.C + first : nullptr;
+  for_vectors(count, [&](int64_t c, auto n) {
+    Vec along[rows], d[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      d[r] = load(dy + r * p.dy_row + c, n);
+      if constexpr (kSums) along[r] = d[r] * load(x + r * p.x_row + c, n);
+      if (dx) store(dx + r * p.C + c, d[r] * load(scale + first + c, n), n);
+    }
+    const auto add = [&](float* sums, const Vec(&v)[rows]) {
+      if constexpr (rows == 4)
+        store(sums + c, load(sums + c) + ((v[0] + v[1]) + (v[2] + v[3])));
+      else
+        store(sums + c, load(sums + c) + v[0]);
+    };
+    if constexpr (kSums) add(dscale, along);
+    add(dshift, d);
+  });
+}
+
 template <bool kSums, typename T>
 static void backward_task(const ScaleShiftBackward<T>& p, const float* scale, float* dscale, float* dshift,
                           int64_t begin, int64_t end, int64_t first, int64_t count) {
-  for (int64_t m = begin; m < end; ++m) {
-    const T *dy = p.dy + m * p.dy_row + first, *x = kSums ? p.x + m * p.x_row + first : nullptr;
-    T* dx = p.dx ? p.dx + m * p.C + first : nullptr;
-    for_vectors(count, [=](int64_t c, auto n) {
-      const Vec d = load(dy + c, n);
-      if (dx) store(dx + c, d * load(scale + first + c, n), n);
-      if constexpr (kSums) store(dscale + c, fma(d, load(x + c, n), load(dscale + c)));
-      store(dshift + c, d + load(dshift + c));
-    });
-  }
+  for (; begin + 4 <= end; begin += 4) backward_rows<4, kSums>(p, scale, dscale, dshift, begin, first, count);
+  for (; begin < end; ++begin) backward_rows<1, kSums>(p, scale, dscale, dshift, begin, first, count);
 }
 
 template <typename T>
