@@ -219,6 +219,7 @@ def test_only_what_wants_a_gradient_gets_one():
         assert not op(*inputs).requires_grad
 
 
+@pytest.mark.large
 def test_stack_of_more_than_2_to_the_31_weights():
     """Codes are 0, that is -1, but for the last row of the last expert: 15, that is 1."""
     need_memory(3)
