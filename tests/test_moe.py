@@ -99,7 +99,7 @@ def test_route_in_float32_whatever_the_dtype():
     assert logits.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("M", "top_k", "E"), [(50, 1, 6), (50, 3, 6), (500, 3, 70), (1100, 2, 6)])
+@pytest.mark.parametrize(("M", "top_k", "E"), [(50, 1, 6), (50, 3, 6), (500, 3, 70), (4500, 2, 6)])
 def test_dispatch_sorts_by_expert_and_combine_undoes_gather(M, top_k, E, isa):
     """From some number on a GPU sorts the pairs in runs, and then in several blocks."""
     experts = torch.stack([torch.randperm(E - 1)[:top_k] for _ in range(M)]).int()
@@ -190,6 +190,13 @@ def test_large_tiles(N, K, base, isa):
 def test_few_rows_of_an_expert(base, adapter, isa):
     """As in decoding: a GPU streams through the bytes of NF4, whose 16 rows an expert may exceed."""
     check_against_reference(*make_linear(base, [0, 18, 1, 0, 11], 70, 192, 5, adapter), FLOOR[torch.bfloat16])
+
+
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+def test_many_experts(narrow, isa):
+    """More than a warp of a GPU looks at in one turn when it searches for a tile's expert."""
+    counts = [(5 * e) % 7 if e % 3 else 0 for e in range(70)]
+    check_against_reference(*make_linear("dense", counts, 20, 40, 3, narrow, narrow), FLOOR[narrow])
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
