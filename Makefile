@@ -67,6 +67,7 @@ bench-models: env
 	$(VENV)/python benchmarks/bench_train.py --method qlora --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method lora --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method adapter --json $(RESULTS) --plot
+	$(VENV)/python benchmarks/bench_train.py --method excitor --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method qlora --curve --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_transformers.py --json $(RESULTS)/transformers.json
 	$(VENV)/python benchmarks/report.py $(RESULTS) > $(RESULTS)/README.md

@@ -135,6 +135,16 @@ def test_training_step_is_captured(moe):
 
 
 @on_a_gpu
+def test_tensors_of_two_devices_are_refused():
+    """Before a kernel follows an address that its GPU does not know."""
+    mine = torch.ones(2, 8), torch.ones(4, 8), torch.ones(1, 8), torch.ones(4, 1)
+    for away in range(len(mine)):
+        mixed = [t.cpu() if i == away else t.cuda() for i, t in enumerate(mine)]
+        with pytest.raises(ValueError, match="must be on the device of"):
+            torch.ops.llamakern.lora_linear(None, *mixed, None, None, 1.0, 0.0)
+
+
+@on_a_gpu
 def test_ops_run_on_torchs_stream():
     """A kernel waits for what its stream does before, though the host runs ahead."""
     x = torch.zeros(1 << 20, device="cuda")

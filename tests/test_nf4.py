@@ -97,6 +97,16 @@ def test_tables(vectors):
     assert torch.equal(torch.tensor(CODEBOOK), vectors["nf4_code"])
 
 
+def test_tables_lie_beside_their_tensors():
+    """Not on the default device, and not where the first caller's was."""
+    dynamic_map.cache_clear()
+    with torch.device("meta"):
+        packed = nf4_quantize_reference(torch.ones(2, 64, device="cpu"))
+        codes, scale, offset = nf4_double_quantize_reference(packed[1])
+        w = nf4_dequantize_reference(packed[0], codes, absmax_scale=scale, absmax_offset=offset)
+    assert torch.equal(w, torch.ones(2, 64, device="cpu"))
+
+
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_error_of_bitsandbytes(block_size, data_dir):
     """The errors on randn(1024, 1024) lie within seven standard deviations of those that bitsandbytes states."""
@@ -203,6 +213,12 @@ def test_block_sizes_and_double_quantisation(block_size, M, dtype, isa):
 def test_every_number_of_tokens(M, dtype, isa):
     """Seven units a row: half a vector of bytes and half a block of the reduction are left; N ends inside a tile."""
     check_linear(M, 101, 448, dtype, double=M % 2 == 0)
+
+
+@pytest.mark.parametrize("M", [3, 16, 40])
+def test_long_reduction(M, dtype, isa):
+    """Rounding must not grow with all the products of a sum."""
+    check_linear(M, 17, 4160, dtype)
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 40, 80])

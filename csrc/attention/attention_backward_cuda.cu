@@ -128,6 +128,7 @@ BackwardTask<T> make_task(const AttentionBackward<T>& p, QueryRow* queries) {
           .over_prompts = nullptr,
           .exact = std::is_same_v<T, float16>,
           .gate = nullptr,
+          .weights = nullptr,
           .dk_sums = nullptr,
           .dv_sums = nullptr};
 }
@@ -147,6 +148,7 @@ struct PromptSpace {
   PromptOutputs<T> outputs;
   T* dq;              // [B, T, H, D]
   QueryRow* queries;  // [B, Hkv, T·G]
+  float* weights;     // [B, Hkv, T·G]
   float *dk, *dv;     // [B·chunks, Hkv, P, D]
 
   PromptSpace(const Attended<T>& in, Workspace& space)
@@ -154,7 +156,8 @@ struct PromptSpace {
         chunks(max64(1, ceil_div(in.T_, chunk_tokens))),
         outputs(in, space),
         dq(space.take<T>(all_rows(in) * in.D)),
-        queries(space.take<QueryRow>(all_rows(in))) {
+        queries(space.take<QueryRow>(all_rows(in))),
+        weights(space.take<float>(all_rows(in))) {
     const int64_t sums = (in.starts_q ? 1 : in.sequences) * chunks * in.Hkv * in.prompts.P * in.D;
     dk = space.take<float>(sums);
     dv = space.take<float>(sums);
@@ -181,6 +184,7 @@ void backward_over_prompts(const AttentionBackward<T>& p, const PromptSpace<T>& 
                             .in = over_prompts(p.in)};
   BackwardTask<T> task = make_task(over, at.queries);
   task.gate = prompts.gate;
+  task.weights = at.weights;
   task.exact = true;
   launch_delta(task, stream);
   launch_passes(task, true, stream);

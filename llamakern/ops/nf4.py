@@ -104,13 +104,14 @@ def nf4_linear(
 
 @cache
 def dynamic_map() -> Tensor:
-    """bitsandbytes' 256 dynamic levels, ascending: 2^i middles in each decade 10^(i-6), mirrored, with 0 and 1."""
+    """bitsandbytes' 256 dynamic levels, ascending: 2^i middles in each decade 10^(i-6), mirrored, with 0 and 1. On the
+    CPU, whatever the default device."""
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = (10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
         levels += middles + [-m for m in middles]
-    return torch.tensor(sorted(levels))
+    return torch.tensor(sorted(levels), device="cpu")
 
 
 def nf4_quantize_reference(w, *, block_size=64):
@@ -120,7 +121,8 @@ def nf4_quantize_reference(w, *, block_size=64):
     blocks = torch.cat((flat, flat.new_zeros(-n % block_size))).reshape(-1, block_size)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1.0 / absmax)[:, None]
-    code = torch.bucketize(scaled.nan_to_num(-1.0), torch.tensor(THRESHOLDS)).flatten()[:n].to(torch.uint8)
+    code = torch.bucketize(scaled.nan_to_num(-1.0), torch.tensor(THRESHOLDS, device=w.device))
+    code = code.flatten()[:n].to(torch.uint8)
     code = torch.cat((code, code.new_zeros(n % 2)))
     codes = (code[0::2] << 4) | code[1::2]
     return (codes.reshape(N, K // 2), absmax.reshape(N, K // block_size)) if K % block_size == 0 else (codes, absmax)
@@ -128,7 +130,7 @@ def nf4_quantize_reference(w, *, block_size=64):
 
 def nf4_double_quantize_reference(absmax):
     """What the op means, in plain PyTorch. A value just between two levels takes the even one."""
-    offset, level, n = absmax.mean(), dynamic_map(), absmax.numel()
+    offset, level, n = absmax.mean(), dynamic_map().to(absmax.device), absmax.numel()
     centred = (absmax - offset).flatten()
     blocks = torch.cat((centred, centred.new_zeros(-n % ABSMAX_BLOCK))).reshape(-1, ABSMAX_BLOCK)
     scale = blocks.abs().amax(1)
@@ -148,9 +150,9 @@ def nf4_dequantize_reference(
     absmax = absmax.flatten()
     if absmax_scale is not None:
         scale = absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: absmax.numel()]
-        absmax = dynamic_map()[absmax.long()] * scale + absmax_offset
+        absmax = dynamic_map().to(absmax.device)[absmax.long()] * scale + absmax_offset
     scale = absmax.repeat_interleave(block_size)[: N * K]
-    return (torch.tensor(CODEBOOK)[code] * scale).reshape(N, K).to(dtype)
+    return (torch.tensor(CODEBOOK, device=scale.device)[code] * scale).reshape(N, K).to(dtype)
 
 
 def nf4_linear_reference(x, weight, absmax, bias=None, *, in_scale=None, out_scale=None, **format):
