@@ -5,7 +5,7 @@
 
 namespace llamakern::LK_ISA {
 
-constexpr int64_t kFewColumns = 256;  // of W in a task
+constexpr int64_t kFewColumns = 512;  // of W in a task
 constexpr int64_t kFewDeep = 64;      // rows of W in a block, which stays in L1 for all groups of tokens
 
 // Vectors of columns beside M tokens: their sums fit the registers.
@@ -78,7 +78,7 @@ struct ColumnPart {
 // C [place][kFewColumns] += the part, for `columns` columns from `column` on.
 template <typename W, typename V>
 void add_columns(float* c, const Few& few, const ColumnPart<V>& part, int64_t column, int64_t columns) {
-  constexpr int64_t unit = kFewColumns / 4;  // columns that one group fetches
+  constexpr int64_t unit = 64;  // columns that one group fetches
   const int64_t words = words_of<W>(part.N), groups = ceil_div(few.count, kFewGroup);
   for (int64_t n = 0; n < part.N; n += kFewDeep) {
     const V* w = part.w + n * part.ld + column;

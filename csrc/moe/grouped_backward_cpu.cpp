@@ -197,6 +197,7 @@ template <typename T, typename Experts, typename P>
 static void backward(const GroupedLinearBackward<T, Experts, P>& p) {
   using W = Words<T>;
   using Input = GroupedInput<T, Experts, P>;
+  if (p.dx) expect_large_pages(p.dx, size_t(p.S * p.K) * sizeof(T));
   const int64_t E = p.E, R = p.lora.R;
   Scratch<Share> strips(E + 1), words(E + 1);
   share_out(strips.get(), p.offsets, E, [&](int64_t count) { return strip_lanes(count); });

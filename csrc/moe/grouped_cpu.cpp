@@ -1,5 +1,6 @@
 // The experts' linears on the CPU, forward. An NF4 expert of few tokens streams or takes one strip, as the nf4 room
 // does.
+#include "../common/pages.h"
 #include "../lora/adapter.h"
 #include "../nf4/nf4_stream.h"
 #include "../nf4/nf4_strip.h"
@@ -206,6 +207,7 @@ struct GroupedForward {
 template <typename T, typename Experts, typename P>
 static void linear(const GroupedLinear<T, Experts, P>& p) {
   using Forward = GroupedForward<T, Experts, P>;
+  expect_large_pages(p.y, size_t(p.S * p.N) * sizeof(T));
   Scratch<Share> shares(p.E + 1), strips(p.E + 1);
   share_out(shares.get(), p.offsets, p.E, [&](int64_t count) { return Forward::lane_words(p.w, count, p.K); });
   share_out(strips.get(), p.offsets, p.E, strip_lanes);
