@@ -193,11 +193,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_kernel(const For
   };
   float o[kM][kD / 8][4] = {};
   Softmax<kM> softmax;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax.m[m][h] = -INFINITY, softmax.l[m][h] = softmax.rounded[m][h] = 0.0f;
-  }
   if (low < high) {
     load_tile<T, kD, Shape::kRows, Shape::kThreads>(shared.q[0], in.q, operands.q_sixteens, D, [&](int r) {
       return query_row(in.q, operands, tile, tile.first + r);
@@ -301,6 +296,7 @@ void launch_forward(const ForwardTask<T>& task, int64_t ranges, Stream stream) {
   const Attended<T>& in = task.p.in;
   const int64_t blocks = in.Hkv * tile_places(task.operands, in.T_, in.G(), Shape::kRows);
   constexpr size_t kBytes = sizeof(typename Shape::Storage);
+  static_assert(kBytes <= kMostShared);
   allow_shared(attention_kernel<Shape>, kBytes);
   LK_LAUNCH(attention_kernel<Shape>, dim3(unsigned(blocks), unsigned(ranges)), Shape::kThreads, kBytes, stream)(task);
   check_launch("attention_kernel");
