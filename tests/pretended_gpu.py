@@ -56,15 +56,18 @@ def is_gpu(device) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
-def known_device(t) -> bool:
-    return isinstance(t, OnGpu) or t.device.type != "meta"
+def regained(t):
+    """Tensors that torch's C++ made beside ours are plain meta: zeros where autograd has no gradient for an output."""
+    if isinstance(t, OnGpu) or t.device.type != "meta":
+        return t
+    if t.dim() == 0:
+        raise NotImplementedError("the pretended GPU lost a number that torch made a tensor of")
+    return OnGpu(torch.zeros_like(t, device="cpu"))
 
 
 def dispatch(op, args, kwargs):
-    """One op, computed on what its tensors hold. Autograd's zeros for an output without gradient are plain meta."""
-    args, kwargs = tree_map_only(
-        torch.Tensor, lambda t: t if known_device(t) else OnGpu(torch.zeros_like(t, device="cpu")), (args, kwargs)
-    )
+    """One op, computed on what its tensors hold."""
+    args, kwargs = tree_map_only(torch.Tensor, regained, (args, kwargs))
     packet = getattr(op, "overloadpacket", op)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     stray = [t for t in tensors if not isinstance(t, OnGpu) and t.dim() > 0]
