@@ -168,6 +168,16 @@ class Event:
         return (later.time - self.time) * 1e3
 
 
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+class Graph:
+    def replay(self):
+        pass
+
+
 @contextlib.contextmanager
 def pretended():
     """Tensors made on "cuda" are OnGpu, and torch.cuda answers."""
@@ -175,7 +185,8 @@ def pretended():
         "is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda *_: "a pretended GPU",
         "synchronize": lambda *_: None, "_sleep": lambda cycles: None, "mem_get_info": lambda *_: (8 << 30, 8 << 30),
         "memory_allocated": lambda *_: 0, "max_memory_allocated": lambda *_: 0, "Event": Event,
-        "reset_peak_memory_stats": lambda *_: None,
+        "reset_peak_memory_stats": lambda *_: None, "Stream": Stream, "current_stream": Stream,
+        "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": lambda _: must_not_wait(),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():

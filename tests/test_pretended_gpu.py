@@ -115,4 +115,6 @@ def test_whole_models_are_measured(what, tmp_path, monkeypatch):
     sizes = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64, "vocab_size": 64}
     monkeypatch.setitem(PRESETS, "tiny", sizes | {"max_seq_len": 64})
     written = bench(tmp_path, what, "--preset", "tiny", "--tokens", "8")
-    assert written["rows"]
+    assert all("ours" in row["ms"] for row in written["rows"])
+    if what == "generate":
+        assert "as a CUDA graph" in written["rows"][1]["ms"]
