@@ -55,7 +55,7 @@ struct DenseStack {
   int64_t E, N, K;
   bool transposed;
 
-  // A stack that lies as (E, K, N) is read as it lies, unless an adapter stands beside it.
+  // A stack that lies as (E, K, N) is read as it lies; on a GPU not with an adapter beside it.
   DenseStack(const char* op, const Tensor& w_, const Tensor& x, bool lora) : w(w_) {
     check(w.dim() == 3, op, ": w must have shape (E, N, K), got ", shape_text(w.sizes()));
     E = w.size(0);
@@ -64,7 +64,8 @@ struct DenseStack {
     const bool half = w.scalar_type() == ScalarType::Half && x.scalar_type() == ScalarType::Float;
     if (!half) check_same_dtype(op, "w", w, "x", x);
     check_same_device(op, "w", w, "x", x);
-    transposed = !lora && !w.is_contiguous() && w.stride(1) == 1 && w.stride(2) == N && w.stride(0) == N * K;
+    transposed =
+        !(lora && x.is_cuda()) && !w.is_contiguous() && w.stride(1) == 1 && w.stride(2) == N && w.stride(0) == N * K;
     if (!transposed) w = as_contiguous(w);
   }
   // fn(the experts as the kernels of T take them)

@@ -186,21 +186,6 @@ __global__ void __launch_bounds__(kDownThreads) lora_few_down_kernel(const FewDo
   p.h[m * p.R + blockIdx.x] = total * p.drop.keep_scale;
 }
 
-// s·h Bᵀ
-template <typename T>
-struct AdapterTerm {
-  const float* h;
-  Either<T> b;
-  int64_t R;
-  float scale;
-
-  LK_DEVICE float share(int64_t m, int64_t n, int first, int step) const {
-    float sum = 0.0f;
-    for (int64_t r = first; r < R; r += step) sum = fmaf(h[m * R + r] * scale, b[n * R + r], sum);
-    return sum;
-  }
-};
-
 template <typename T>
 void few_down(const FewDown<T>& p, Stream stream) {
   if (p.M * p.R == 0) return;

@@ -180,6 +180,23 @@ struct Kept {
   }
 };
 
+// ---------------------------------------------------------------------------- beside a few tokens
+
+// s·h Bᵀ
+template <typename T>
+struct AdapterTerm {
+  const float* h;
+  Either<T> b;
+  int64_t R;
+  float scale;
+
+  LK_DEVICE float share(int64_t m, int64_t n, int first, int step) const {
+    float sum = 0.0f;
+    for (int64_t r = first; r < R; r += step) sum = fmaf(h[m * R + r] * scale, b[n * R + r], sum);
+    return sum;
+  }
+};
+
 // ---------------------------------------------------------------------------- h and g
 
 // out [M][R] = factor·Σ U Vᵀ and its parts: h = drop(x) Aᵀ (kAcross = false, V = A [R][depth]) or g = dy B (true, V = B

@@ -1,4 +1,5 @@
 // The experts' linears on the GPU: tiles that find their expert. LoRA is R more columns of the reduction.
+#include "../nf4/nf4_stream.cuh"
 #include "grouped.cuh"
 
 namespace llamakern::cuda {
@@ -60,9 +61,40 @@ void choose_product(const GroupedProduct<T, Experts>& p, Stream stream) {
     launch_product<SmallTile<T>, kAcross>(p, stream);
 }
 
+// y = x Wᵀ over NF4 for few rows of each expert: the nf4 room's stream through the bytes of W.
+constexpr int kStreamedRows = 16;
+
+static __global__ void __launch_bounds__(kStreamThreads, 2)
+    grouped_stream_kernel(const GroupedProduct<bfloat16, Nf4Experts> p) {
+  __shared__ uint32_t table[kStreamTable];
+  const auto [e, begin, count] = RowsOfTile::of<kStreamedRows>(p.groups, blockIdx.y);
+  if (count == 0) return;
+  const Nf4Linear<bfloat16> linear{
+      .y = p.out + begin * p.N, .x = p.u + begin * p.u_row, .x_row = p.u_row, .w = p.w[e], .bias = {}, .M = count};
+  const AdapterTerm<bfloat16> term{p.narrow + begin * p.R, cuda::at(p.factor, e * p.N * p.R), p.R, p.scale};
+  nf4_stream_rows<bfloat16, kStreamedRows / 16>(linear, term, table);
+}
+
+template <typename T, typename Experts>
+bool stream_product(const GroupedProduct<T, Experts>&, Stream) {
+  return false;
+}
+static bool stream_product(const GroupedProduct<bfloat16, Nf4Experts>& p, Stream stream) {
+  const int64_t tiles = p.groups.tiles(kStreamedRows);
+  const Nf4Linear<bfloat16> first{
+      .y = p.out, .x = p.u, .x_row = p.u_row, .w = p.w.first, .bias = {}, .M = kStreamedRows};
+  if (p.groups.S > max64(kStreamTokens, p.groups.E * kStreamedRows / 2) || tiles > kMaxGridY || !can_stream(first))
+    return false;
+  const dim3 grid(unsigned(ceil_div(p.N, kStreamRows)), unsigned(tiles));
+  LK_LAUNCH(grouped_stream_kernel, grid, kStreamThreads, 0, stream)(p);
+  check_launch("grouped_stream_kernel");
+  return true;
+}
+
 template <typename T, typename Experts>
 void grouped_product(const GroupedProduct<T, Experts>& p, bool across, Stream stream) {
   if (p.groups.S * (across ? p.K : p.N) == 0) return;
+  if (!across && stream_product(p, stream)) return;
   if (across)
     choose_product<true>(p, stream);
   else
