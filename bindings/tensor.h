@@ -1,6 +1,6 @@
 // The guard at the door: every check that a tensor passes before csrc sees its pointer.
 //
-// Torch's stable ABI only, so that one build serves every torch from 2.10 on. Messages: "op: argument must ..., got
+// Torch's stable ABI only, so that one build serves every torch from 2.11 on. Messages: "op: argument must ..., got
 // ...". A std::invalid_argument arrives in Python as ValueError, throw_type_error as TypeError.
 #pragma once
 #include <torch/csrc/stable/library.h>

@@ -56,15 +56,18 @@ def is_gpu(device) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
-def known_device(t) -> bool:
-    return isinstance(t, OnGpu) or t.device.type != "meta"
+def regained(t):
+    """Tensors that torch's C++ made beside ours are plain meta: zeros where autograd has no gradient for an output."""
+    if isinstance(t, OnGpu) or t.device.type != "meta":
+        return t
+    if t.dim() == 0:
+        raise NotImplementedError("the pretended GPU lost a number that torch made a tensor of")
+    return OnGpu(torch.zeros_like(t, device="cpu"))
 
 
 def dispatch(op, args, kwargs):
-    """One op, computed on what its tensors hold. Autograd's zeros for an output without gradient are plain meta."""
-    args, kwargs = tree_map_only(
-        torch.Tensor, lambda t: t if known_device(t) else OnGpu(torch.zeros_like(t, device="cpu")), (args, kwargs)
-    )
+    """One op, computed on what its tensors hold."""
+    args, kwargs = tree_map_only(torch.Tensor, regained, (args, kwargs))
     packet = getattr(op, "overloadpacket", op)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     stray = [t for t in tensors if not isinstance(t, OnGpu) and t.dim() > 0]
@@ -165,6 +168,16 @@ class Event:
         return (later.time - self.time) * 1e3
 
 
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+class Graph:
+    def replay(self):
+        pass
+
+
 @contextlib.contextmanager
 def pretended():
     """Tensors made on "cuda" are OnGpu, and torch.cuda answers."""
@@ -172,7 +185,8 @@ def pretended():
         "is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda *_: "a pretended GPU",
         "synchronize": lambda *_: None, "_sleep": lambda cycles: None, "mem_get_info": lambda *_: (8 << 30, 8 << 30),
         "memory_allocated": lambda *_: 0, "max_memory_allocated": lambda *_: 0, "Event": Event,
-        "reset_peak_memory_stats": lambda *_: None,
+        "reset_peak_memory_stats": lambda *_: None, "Stream": Stream, "current_stream": Stream,
+        "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": lambda _: must_not_wait(),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():

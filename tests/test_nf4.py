@@ -97,16 +97,6 @@ def test_tables(vectors):
     assert torch.equal(torch.tensor(CODEBOOK), vectors["nf4_code"])
 
 
-def test_tables_lie_beside_their_tensors():
-    """Not on the default device, and not where the first caller's was."""
-    dynamic_map.cache_clear()
-    with torch.device("meta"):
-        packed = nf4_quantize_reference(torch.ones(2, 64, device="cpu"))
-        codes, scale, offset = nf4_double_quantize_reference(packed[1])
-        w = nf4_dequantize_reference(packed[0], codes, absmax_scale=scale, absmax_offset=offset)
-    assert torch.equal(w, torch.ones(2, 64, device="cpu"))
-
-
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_error_of_bitsandbytes(block_size, data_dir):
     """The errors on randn(1024, 1024) lie within seven standard deviations of those that bitsandbytes states."""

@@ -114,7 +114,6 @@ def test_more_than_two_to_the_31_elements():
     assert_same_bits(y[[0, 1 << 18, 1 << 19, -1]], want.expand(4, 4096))
 
 
-@pytest.mark.large
 def test_strides_beyond_two_to_the_31_elements():
     """Two rows so far apart that a 32-bit index would miss. Pages never touched cost nothing."""
     near = torch.randn(3, 2, 300).half()  # dy, s, residual

@@ -12,7 +12,7 @@ from test_benchmarks import QUICK, SHAPES
 from test_cuda import decode_step, tiny, training_step
 
 from llamakern import peft
-from llamakern.bench import clock, nf4, rivals, roofs
+from llamakern.bench import clock, nf4, rivals, roofs, scale
 from llamakern.cli import main
 from llamakern.config import PRESETS
 
@@ -28,10 +28,13 @@ def gpu(monkeypatch):
     monkeypatch.setattr(roofs, "GPU_PIECE", 1 << 12)
     monkeypatch.setattr(roofs, "GPU_SIDE", 16)
     monkeypatch.setattr(clock, "MOST", 2)
-    nf4.weights.cache_clear()
+    kept = (nf4.weights, scale.packed)  # tensors, by their sizes
+    for fn in kept:
+        fn.cache_clear()
     with pretended_gpu.pretended():
         yield
-    nf4.weights.cache_clear()
+    for fn in kept:
+        fn.cache_clear()
 
 
 REFUSED = {
@@ -115,4 +118,6 @@ def test_whole_models_are_measured(what, tmp_path, monkeypatch):
     sizes = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64, "vocab_size": 64}
     monkeypatch.setitem(PRESETS, "tiny", sizes | {"max_seq_len": 64})
     written = bench(tmp_path, what, "--preset", "tiny", "--tokens", "8")
-    assert written["rows"]
+    assert all("ours" in row["ms"] for row in written["rows"])
+    if what == "generate":
+        assert "as a CUDA graph" in written["rows"][1]["ms"]
