@@ -20,10 +20,19 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     x, w, gate, up = leaves(*(torch.randn(*shape, dtype=dtype) for shape in ((37, 72), (72,), (37, 33), (37, 33))))
     backward(ops.rms_norm(x, w, eps=1e-5), (x, w))
     backward(ops.swiglu(gate, up), (gate, up))
+    scale, shift = leaves(torch.randn(33), torch.randn(33))
+    backward(ops.scale_shift(gate, scale, shift), (gate, scale, shift))
     q, k, v = leaves(torch.randn(2, 37, 4, 40, dtype=dtype), *torch.randn(2, 2, 37, 2, 40, dtype=dtype).unbind())
     angle = torch.randn(37, 20)
     backward(ops.rope(q, k, angle.cos(), angle.sin())[0], (q,))
     backward(ops.attention(q, k, v), (q, k, v))
+    learned = leaves(torch.randn(5, 72), torch.randn(80, 5), torch.randn(40, 2, 40), torch.randn(2))
+    words = x.expand(2, 37, 72)
+    for switch in ({}, {"extra_rope": "both", "prompt_attention": "full_width"}):
+        y = ops.excitor_keys(words, k, *learned, cos=angle.cos(), sin=angle.sin(), **switch)
+        backward(y, (x, k, *learned))
+    with torch.no_grad():
+        ops.excitor_keys(words[:, :1], k[:, :1], *learned)
     lengths = torch.tensor([37, 5], dtype=torch.int32)
     with torch.no_grad():
         ops.cache_append_(k.detach(), v.detach(), k[:, :1], v[:, :1], lengths)
