@@ -59,7 +59,7 @@ run_tests() {
 bench() {
   local results=${RESULTS:-benchmarks/results/$(card)}
   # shellcheck disable=SC2046
-  timeout 560 "$PYTHON" -m llamakern bench $(rooms | grep -v -e moe -e excitor -e block) --device cuda --seconds 0.05 --json "$results"
+  timeout 560 "$PYTHON" -m llamakern bench $(rooms | grep -v -e excitor -e block) --device cuda --seconds 0.05 --json "$results"
 }
 
 case "${1:-}" in
