@@ -62,13 +62,14 @@ class CMakeBuild(build_ext):
         on_host = os.environ.get("LLAMAKERN_HOST_CUDA", "OFF")
         cuda = [] if on_host == "ON" else cuda_options()
         kind = "-cuda" if "-DLLAMAKERN_CUDA=ON" in cuda else ""
+        isas = [f"-DLLAMAKERN_ISAS={os.environ['LLAMAKERN_ISAS']}"] if "LLAMAKERN_ISAS" in os.environ else []
         name = os.environ.get("LLAMAKERN_BUILD_NAME", f"cmake-{sys.implementation.cache_tag}{kind}")
         build = ROOT / "build" / name
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DLLAMAKERN_TORCH_DIR={find_torch()}",
              f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
              f"-DLLAMAKERN_SANITIZE={os.environ.get('LLAMAKERN_SANITIZE', '')}",
-             f"-DLLAMAKERN_HOST_CUDA={on_host}", *cuda],
+             f"-DLLAMAKERN_HOST_CUDA={on_host}", *isas, *cuda],
             check=True,
         )  # fmt: skip
         subprocess.run(["cmake", "--build", build], check=True)

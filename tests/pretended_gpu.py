@@ -21,6 +21,7 @@ WAITS = {  # the host needs a value, or as many elements as values say
     aten._unique2, aten.unique_dim, aten.bincount,
 }  # fmt: skip
 MIXES = {aten.copy_, aten._to_copy, aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
+UNDISPATCHED = {torch.Tensor.tolist, torch.Tensor.new_tensor, torch.unravel_index}
 waiting_is_refused = False
 
 
@@ -42,6 +43,9 @@ class OnGpu(torch.Tensor):
 
     def __repr__(self):
         return f"OnGpu({self.held!r})"
+
+    def __format__(self, form):
+        return format(self.held, form)
 
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
@@ -92,10 +96,18 @@ class Factories(TorchFunctionMode):
                 return self.make(fn, args, kwargs)
         elif fn in (torch.Tensor.to, torch.Tensor.cuda) and not isinstance(args[0], OnGpu):
             return self.move(fn, args, kwargs)
-        elif fn in (torch.Tensor.tolist, torch.Tensor.new_tensor) and isinstance(args[0], OnGpu):
+        elif fn in UNDISPATCHED and isinstance(args[0], OnGpu):
             must_wait(fn)
-            result = fn(args[0].held, *args[1:], **kwargs)
-            return OnGpu(result) if isinstance(result, torch.Tensor) else result
+            return tree_map_only(torch.Tensor, OnGpu, fn(args[0].held, *args[1:], **kwargs))
+        elif fn is torch.Tensor.__setitem__ and isinstance(
+            args[0], OnGpu
+        ):  # torch makes numbers and lists meta tensors
+            return fn(*tree_map_only(OnGpu, lambda t: t.held, args))
+        elif fn is torch.Tensor.__getitem__ and isinstance(args[1], tuple) and any(type(i) is list for i in args[1]):
+            return fn(args[0], tuple(OnGpu(torch.tensor(i, device="cpu")) if type(i) is list else i for i in args[1]))
+        elif fn is torch.where and len(args) == 3:  # likewise
+            like = next((t for t in args[1:] if isinstance(t, OnGpu)), None)
+            return fn(*(t if like is None or isinstance(t, torch.Tensor) else torch.full_like(like, t) for t in args))
         elif fn is torch.Tensor.to and any(is_gpu(w) for w in args[1:] if isinstance(w, (str, torch.device))):
             return fn(args[0], *(w for w in args[1:] if not isinstance(w, (str, torch.device))), **kwargs)
         elif fn is torch.Tensor.cuda:

@@ -48,7 +48,7 @@ def label(shape):
 @pytest.fixture(scope="module")
 def vectors(data_dir):
     arrays = np.load(data_dir / "vectors/nf4_bitsandbytes.npz")
-    return {name: torch.from_numpy(arrays[name]) for name in arrays}
+    return {name: torch.from_numpy(arrays[name]).to(DEVICE) for name in arrays}
 
 
 def make_weight(N, K, *, block_size=64, double=False):
@@ -93,7 +93,7 @@ def test_double_quantisation_of_bitsandbytes(name, vectors, isa):
 
 
 def test_tables(vectors):
-    assert torch.equal(dynamic_map(), vectors["dq_code256"])
+    assert torch.equal(dynamic_map().to(DEVICE), vectors["dq_code256"])
     assert torch.equal(torch.tensor(CODEBOOK), vectors["nf4_code"])
 
 
@@ -161,7 +161,7 @@ def test_thresholds_and_zeros(isa):
 
 
 def test_levels_between_two_take_the_even_one(isa):
-    level = dynamic_map()
+    level = dynamic_map().to(DEVICE)
     middles = (level[:-1] + level[1:]) * 0.5
     absmax = torch.cat((middles, torch.ones(1)))  # 256 values, the largest 1: the scale is exact
     codes, scale = torch.ops.llamakern.nf4_double_quantize(absmax, torch.zeros(()))

@@ -197,11 +197,13 @@ void backward_over_prompts(const AttentionBackward<T>& p, const PromptSpace<T>& 
   launch_passes(task, false, stream);
   if (prompts.B == 0) return;
   const int64_t parts = over.in.sequences * at.chunks / prompts.B;
-  for (const auto& [to, sums] : {std::pair{p.dprompt_k, at.dk}, {p.dprompt_v, at.dv}}) {
+  const auto add = [&](const Heads<T>& to, const float* sums) {
     LK_LAUNCH(attention_prompt_sum_kernel<T>, unsigned(prompts.B * prompts.P * p.in.Hkv), kSumThreads, 0, stream)
     (to, sums, prompts.P, p.in.Hkv, p.in.D, parts);
     check_launch("attention_prompt_sum_kernel");
-  }
+  };
+  add(p.dprompt_k, at.dk);
+  add(p.dprompt_v, at.dv);
 }
 
 template <typename T>

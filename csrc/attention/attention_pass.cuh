@@ -85,12 +85,14 @@ struct Lens {
   }
 };
 
-// Scores of a tile become p, times the row's weight where there are any. Whether one is not hidden. The product with
-// the scale is not rounded: scores of many thousands may differ by little.
+// Scores of a tile become p, times the row's weight where there are any. Whether one is not hidden. Over words the
+// product with the scale is rounded, as it was for y; over prompts, whose delta is of these p, it is not: scores of
+// many thousands may differ by little.
 template <typename Shape>
-LK_DEVICE bool weigh(float (&s)[Shape::kN / 8][4], const Operands<typename Shape::T>& o, const Tile& tile,
+LK_DEVICE bool weigh(float (&s)[Shape::kN / 8][4], const BackwardTask<typename Shape::T>& task, const Tile& tile,
                      const Lens<Shape>& lens, const float* weights) {
-  const bool masked = o.in.mask.kind != Mask::kNone;
+  const Operands<typename Shape::T>& o = task.operands;
+  const bool masked = o.in.mask.kind != Mask::kNone, prompts = task.gate;
   const int t = lane_id() % 4;
   const float scale = o.in.scale * kLog2e;
   bool seen = false;
@@ -105,13 +107,13 @@ LK_DEVICE bool weigh(float (&s)[Shape::kN / 8][4], const Operands<typename Shape
         const int key = Shape::kOwnsQueries ? lens.column0 + column : lens.row[h];
         const int row = Shape::kOwnsQueries ? lens.row[h] : lens.column0 + column;
         float& x = s[n][2 * h + e];
-        float bias = 0.0f;
+        float bias = prompts ? -query.lse : 0.0f;
         bool visible = query.begin <= key && key < query.end;
         if (masked && visible) {
           bias = mask_bias(o.in.mask, mask_index(o, tile, row) + key * o.in.mask.key);
           visible = bias != -INFINITY;
         }
-        x = visible ? exp2_approx(fmaf(x, scale, bias - query.lse)) : 0.0f;
+        x = visible ? exp2_approx(fmaf(x, scale, bias) - (prompts ? 0.0f : query.lse)) : 0.0f;
         if (weights && visible) x *= Shape::kOwnsQueries ? lens.weight[h] : weights[row];
         seen |= visible;
       }
@@ -256,7 +258,7 @@ struct PassBlock {
       dot_rows<T, kD, 1, kN>(s, shared.x1[warp_row()], shared.y1[stage][0]);
       dot_rows<T, kD, 1, kN>(dp, shared.x2[warp_row()], shared.y2[stage][0]);
       lens.column0 = at;
-      weigh<Shape>(s[0], operands(), tile, lens, nullptr);
+      weigh<Shape>(s[0], task, tile, lens, nullptr);
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n) {
 #pragma unroll
@@ -346,7 +348,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     dot_rows<T, kD, 1, kN>(s, x1, y1);
     block.lens.column0 = at;
     block.lens.columns = y1;
-    const bool seen = weigh<Shape>(s[0], task.operands, tile, block.lens, weights);
+    const bool seen = weigh<Shape>(s[0], task, tile, block.lens, weights);
     if (!__any_sync(~0u, seen)) continue;
     if constexpr (kSecond) {
       Left<T, kN> p[1];

@@ -59,7 +59,53 @@ void grouped_gemm(const Share* shares, int64_t E, int64_t rows, const Lanes& lan
   });
 }
 
+// Whether the weights lie as (E, K, N).
+inline bool is_transposed(const Nf4Experts&) { return false; }
+template <typename V>
+bool is_transposed(const DenseExperts<V>& w) {
+  return w.transposed;
+}
+
 inline int64_t tokens_of(const Share& share) { return share.count; }
+
+// out[i] = the word of at(i, 0) and at(i, 1), for `count` words and up to whole vectors.
+template <typename W, typename At>
+void gather_words(uint32_t* out, int64_t count, const At& at) {
+  for (int64_t i = 0; i < count; i += kLanes, out += kLanes) {
+    alignas(64) float first[kLanes] = {}, next[kLanes] = {};
+    for (int64_t j = 0; j < min64(kLanes, count - i); ++j) {
+      first[j] = at(i + j, 0);
+      next[j] = at(i + j, 1);
+    }
+    store_words(out, W::join(load(first), load(next)));
+  }
+}
+
+// An adapter's matrix that lies the other way than the weight beside it; it is small, so it is gathered.
+// Panel.kByWord: row n is row n of w [N][K].
+template <typename W, typename P>
+struct GatheredRows {
+  const P* w;
+  int64_t K;
+  void operator()(uint32_t* out, int64_t word, int64_t row, int64_t rows) const {
+    gather_words<W>(out, rows, [&](int64_t i, int64_t next) {
+      const int64_t k = word * W::kPer + next;
+      return k < K ? to_float(w[(row + i) * K + k]) : 0.0f;
+    });
+  }
+};
+// Panel.kByRow: row n is column n of w [K][N].
+template <typename W, typename P>
+struct GatheredColumns {
+  const P* w;
+  int64_t N, K;
+  void operator()(uint32_t* out, int64_t row, int64_t word, int64_t words) const {
+    gather_words<W>(out, words, [&](int64_t i, int64_t next) {
+      const int64_t k = (word + i) * W::kPer + next;
+      return k < K ? to_float(w[k * N + row]) : 0.0f;
+    });
+  }
+};
 
 // The rows of x [S][K] as lanes of each expert, whose strips begin at share.at lanes.
 template <typename W, typename T>

@@ -1,8 +1,10 @@
-// The experts' linears on the CPU. An NF4 expert of few tokens streams or takes one strip, as the nf4 room does.
+// The experts' linears on the CPU, forward. An NF4 expert of few tokens streams or takes one strip, as the nf4 room
+// does.
+#include "../common/pages.h"
 #include "../lora/adapter.h"
 #include "../nf4/nf4_stream.h"
 #include "../nf4/nf4_strip.h"
-#include "dense_stream.h"
+#include "dense_columns.h"
 #include "grouped.h"
 
 namespace llamakern::LK_ISA {
@@ -44,7 +46,8 @@ struct GroupedForward {
     if constexpr (kNf4) {
       with_tokens(count, [&]<int M>() { size = stream_size<W, M>(K); });
     } else {
-      size = Few::of(count, K, W()).places * round_up(words_of<W>(K), kLanes);
+      const Few few = Few::of(count, K, W());
+      size = w.transposed ? columns_size<W>(few, K) : few.places * round_up(words_of<W>(K), kLanes);
     }
     return size;
   }
@@ -110,10 +113,14 @@ struct GroupedForward {
         if (way(e) == Way::kFew) with_tokens(shares[e].count, [&]<int M>() { tasks = stream_tasks<M>(p.w.first); });
         if (way(e) == Way::kStrip) tasks = strip_tasks(p.w.first);
       } else if (way(e) == Way::kFew) {
-        tasks = few_tasks(p.N);
+        tasks = p.w.transposed ? columns_tasks(p.N) : few_tasks(p.N);
       }
       if (way(e) == Way::kPanels)
-        with_strips(shares[e].count, [&]<int MV>() { tasks = Plan<MV, Panel::kByRow>(shares[e].count, p.N).tasks(); });
+        with_strips(shares[e].count, [&]<int MV>() {
+          const int64_t count = shares[e].count;
+          tasks = is_transposed(p.w) ? Plan<MV, Panel::kByWord>(count, p.N).tasks()
+                                     : Plan<MV, Panel::kByRow>(count, p.N).tasks();
+        });
       return tasks;
     };
     for_experts(p.E, tasks, [&](int64_t e, int64_t task) {
@@ -129,6 +136,8 @@ struct GroupedForward {
     const int64_t count = shares[e].count, K = p.K;
     if constexpr (kNf4)
       with_tokens(count, [&]<int M>() { order_tokens<W, M>(out, x(e), p.x_row, K); });
+    else if (p.w.transposed)
+      order_words<W>(out, Few::of(count, K, W()), x(e), p.x_row, K);
     else
       order_few<W>(out, Few::of(count, K, W()), x(e), p.x_row, K);
   }
@@ -153,10 +162,21 @@ struct GroupedForward {
         store(y + m * N + n, value, there...);
     };
     const uint32_t* from = lanes + shares[e].at;
-    if constexpr (kNf4)
+    if constexpr (kNf4) {
       with_tokens(count, [&]<int M>() { stream_task<W, M>(p.w[e], from, adapter, finish, task); });
-    else
-      few_task<W>(Few::of(count, K, W()), p.w.w + e * N * K, N, K, from, adapter, finish, task);
+    } else {
+      const Few few = Few::of(count, K, W());
+      const auto* w = p.w.w + e * N * K;
+      if (!p.w.transposed) return few_task<W>(few, w, N, K, from, adapter, finish, task);
+      const auto begin = [&](float* c, int64_t column, int64_t columns) {
+        for (int64_t m = 0; m < (R ? count : 0); ++m)
+          for (int64_t n = 0; n < columns; ++n) c[m * kFewColumns + n] = sum(adapter(column + n, m));
+      };
+      const auto store = [&](const float* c, int64_t column, int64_t columns) {
+        store_rows(y + column, N, c, kFewColumns, count, columns, [](Vec sum) { return sum; });
+      };
+      columns_task<W>(few, N, task, begin, store, ColumnPart{from, w, K, N});
+    }
   }
 
   template <int MV>
@@ -172,36 +192,22 @@ struct GroupedForward {
         return strip_task<W, MV>(p.w[e], from, BeginWithAdapter<W, MV, P>{h_e, lora}, store, task);
       gemm_task<W, MV, Panel::kByRow>(plan, task, store, adapter, Segment{from, words(p.w, K), Nf4Rows<W>{p.w[e]}});
     } else {
-      const DenseRows<W, std::remove_cvref_t<decltype(*p.w.w)>> rows{p.w.w + e * N * K, K, K};
-      gemm_task<W, MV, Panel::kByRow>(plan, task, store, adapter, Segment{from, words(p.w, K), rows});
+      using V = std::remove_cvref_t<decltype(*p.w.w)>;
+      const V* w = p.w.w + e * N * K;
+      if (p.w.transposed)
+        return gemm_task<W, MV, Panel::kByWord>(Plan<MV, Panel::kByWord>(count, N), task, store,
+                                                Segment{h_e, words_of<W>(R), GatheredRows<W, P>{lora.b, R}},
+                                                Segment{from, words(p.w, K), DenseColumns<W, V>{w, N, K}});
+      gemm_task<W, MV, Panel::kByRow>(plan, task, store, adapter,
+                                      Segment{from, words(p.w, K), DenseRows<W, V>{w, K, K}});
     }
   }
 };
 
-// y = x Wᵀ over a dense stack [E, K, N].
-template <typename T, typename V, typename P>
-static void transposed_linear(const GroupedLinear<T, DenseExperts<V>, P>& p) {
-  using W = Words<T>;
-  const int64_t E = p.E, N = p.N, K = p.K, words = words_of<W>(K);
-  Scratch<Share> room(E + 1);
-  Share* shares = room;
-  share_out(shares, p.offsets, E, strip_lanes);
-  Scratch<uint32_t> lane_room(shares[E].at * words);
-  uint32_t* lanes = lane_room;
-  pack_shares<W>(lanes, shares, E, p.x, p.x_row, K);
-  grouped_gemm<Panel::kByWord>(
-      shares, E, N, tokens_of, [&]<int MV>(const Share& share, const auto& plan, int64_t e, int64_t task) {
-        const StoreTokens<MV, T> store{p.y + share.begin * N, share.count, N, {}};
-        const DenseColumns<W, V> columns{p.w.w + e * N * K, N, K};
-        gemm_task<W, MV, Panel::kByWord>(plan, task, store, Segment{lanes + share.at * words, words, columns});
-      });
-}
-
 template <typename T, typename Experts, typename P>
 static void linear(const GroupedLinear<T, Experts, P>& p) {
   using Forward = GroupedForward<T, Experts, P>;
-  if constexpr (!Forward::kNf4)
-    if (p.w.transposed) return transposed_linear(p);
+  expect_large_pages(p.y, size_t(p.S * p.N) * sizeof(T));
   Scratch<Share> shares(p.E + 1), strips(p.E + 1);
   share_out(shares.get(), p.offsets, p.E, [&](int64_t count) { return Forward::lane_words(p.w, count, p.K); });
   share_out(strips.get(), p.offsets, p.E, strip_lanes);
@@ -212,147 +218,15 @@ static void linear(const GroupedLinear<T, Experts, P>& p) {
   forward.up();
 }
 
-// --------------------------------------------------------------------------------------------- backward
-
-// dA [R][K] = scale·gᵀ x and dB [N][R] = scale·dyᵀ h of each expert: lanes are the R columns of g or h.
-template <typename T, typename Experts, typename P>
-static void adapter_gradients(const GroupedLinearBackward<T, Experts, P>& p, const float* g) {
-  using W = Words<T>;
-  const int64_t E = p.E, N = p.N, K = p.K, R = p.lora.R;
-  with_strips(R, [&]<int MV>() {
-    constexpr int64_t width = kWidth<MV>;
-    Scratch<Share> room(E + 1);
-    Share* shares = room;
-    share_out(shares, p.offsets, E, [&](int64_t count) { return packed_size<W, MV>(R, count); });
-    Scratch<uint32_t> lane_room(shares[E].at);
-    uint32_t* lanes = lane_room;
-    const auto gemm_of = [&](int64_t rows, const T* x, int64_t ld, const auto& store) {
-      const Plan<MV, Panel::kByWord> plan(R, rows);
-      for_experts(
-          E, [&](int64_t) { return plan.tasks(); },
-          [&](int64_t e, int64_t task) {
-            const int64_t count = shares[e].count;
-            const DenseColumns<W, T> columns{x + shares[e].begin * ld, ld, count};
-            gemm_task<W, MV, Panel::kByWord>(
-                plan, task,
-                [&](const float* c, int64_t strip, int64_t row, int64_t rows) {
-                  store(c, strip * width, e, row, rows);
-                },
-                Segment{lanes + shares[e].at, words_of<W>(count), columns});
-          });
-    };
-    const auto times_scale = [&](auto, auto, Vec sum) { return sum * p.lora.scale; };
-    pack_share_columns<W>(lanes, shares, E, p.h, R, R);
-    gemm_of(N, p.dy, p.dy_row, [&](const float* c, int64_t r, int64_t e, int64_t n, int64_t rows) {
-      store_rows(p.db + (e * N + n) * R + r, R, c, width, rows, min64(R - r, width),
-                 [&](Vec sum) { return sum * p.lora.scale; });
-    });
-    pack_share_columns<W>(lanes, shares, E, g, R, R);
-    gemm_of(K, p.x, p.x_row, [&](const float* c, int64_t r, int64_t e, int64_t k, int64_t rows) {
-      unpack_lanes(p.da + (e * R + r) * K + k, K, c, width, rows, min64(R - r, width), times_scale);
-    });
-  });
-}
-
-template <typename W, typename V>
-static DenseColumns<W, V> columns_of(const DenseExperts<V>& w, int64_t e, int64_t N, int64_t K) {
-  return {w.w + e * N * K, K, N};
-}
-template <typename W>
-static Nf4Columns<W> columns_of(const Nf4Experts& w, int64_t e, int64_t, int64_t) {
-  return {w[e]};
-}
-
-// dx = dy W of a dense stack [E, K, N].
-template <typename T, typename V, typename P>
-static void transposed_dx(const GroupedLinearBackward<T, DenseExperts<V>, P>& p, const Share* shares,
-                          const uint32_t* lanes) {
-  using W = Words<T>;
-  const int64_t N = p.N, K = p.K, words = words_of<W>(N);
-  grouped_gemm<Panel::kByRow>(
-      shares, p.E, K, tokens_of, [&]<int MV>(const Share& share, const auto& plan, int64_t e, int64_t task) {
-        const StoreTokens<MV, T> store{p.dx + share.begin * K, share.count, K, {}};
-        const DenseRows<W, V> rows{p.w.w + e * N * K, N, N};
-        gemm_task<W, MV, Panel::kByRow>(plan, task, store, Segment{lanes + share.at * words, words, rows});
-      });
-}
-
-// g = dy B, then dx = scale·g A + dy W, then dA and dB.
-template <typename T, typename Experts, typename P>
-static void backward(const GroupedLinearBackward<T, Experts, P>& p) {
-  using W = Words<T>;
-  const int64_t E = p.E, N = p.N, K = p.K, R = p.lora.R, words = words_of<W>(N), r_words = words_of<W>(R);
-  Scratch<Share> room(E + 1);
-  Share* shares = room;
-  share_out(shares, p.offsets, E, strip_lanes);
-  Scratch<uint32_t> lane_room(shares[E].at * words), g_room(shares[E].at * r_words);
-  Scratch<float> g(p.S * R);
-  uint32_t *lanes = lane_room, *g_lanes = g_room;
-  pack_shares<W>(lanes, shares, E, p.dy, p.dy_row, N);
-  if constexpr (!std::is_same_v<Experts, Nf4Experts>)
-    if (p.w.transposed) return transposed_dx(p, shares, lanes);
-  grouped_gemm<Panel::kByWord>(
-      shares, E, R, tokens_of, [&]<int MV>(const Share& share, const auto& plan, int64_t e, int64_t task) {
-        const StoreNarrow<W, MV> store{
-            g.get() + share.begin * R, g_lanes + share.at * r_words, share.count, R, 1.0f, p.lora.scale};
-        const DenseColumns<W, P> b{p.lora.b + e * N * R, R, N};
-        gemm_task<W, MV, Panel::kByWord>(plan, task, store, Segment{lanes + share.at * words, words, b});
-      });
-  if (p.dx)
-    grouped_gemm<Panel::kByWord>(
-        shares, E, K, tokens_of, [&]<int MV>(const Share& share, const auto& plan, int64_t e, int64_t task) {
-          const StoreTokens<MV, T> store{p.dx + share.begin * K, share.count, K, {}};
-          const DenseColumns<W, P> a{p.lora.a + e * R * K, K, R};
-          gemm_task<W, MV, Panel::kByWord>(plan, task, store, Segment{g_lanes + share.at * r_words, r_words, a},
-                                           Segment{lanes + share.at * words, words, columns_of<W>(p.w, e, N, K)});
-        });
-  if (R) adapter_gradients(p, g.get());
-}
-
-template <typename T, typename V>
-static void weight_gradient(const GroupedWeightGradient<T, V>& p) {
-  using W = Words<T>;
-  const int64_t E = p.E, N = p.N, K = p.K;
-  with_strips(K, [&]<int MV>() {
-    constexpr int64_t width = kWidth<MV>;
-    Scratch<Share> room(E + 1);
-    Share* shares = room;
-    share_out(shares, p.offsets, E, [&](int64_t count) { return packed_size<W, MV>(K, count); });
-    Scratch<uint32_t> lane_room(shares[E].at);
-    uint32_t* lanes = lane_room;
-    pack_share_columns<W>(lanes, shares, E, p.x, p.x_row, K);
-    const Plan<MV, Panel::kByWord> plan(K, N);
-    for_experts(
-        E, [&](int64_t) { return plan.tasks(); },
-        [&](int64_t e, int64_t task) {
-          const Share& share = shares[e];
-          V* dw = p.dw + e * N * K;
-          const auto store = [&](const float* c, int64_t strip, int64_t n, int64_t rows) {
-            const int64_t k = strip * width;
-            store_rows(dw + n * K + k, K, c, width, rows, min64(K - k, width), [](Vec sum) { return sum; });
-          };
-          const DenseColumns<W, T> columns{p.dy + share.begin * p.dy_row, p.dy_row, share.count};
-          gemm_task<W, MV, Panel::kByWord>(plan, task, store,
-                                           Segment{lanes + share.at, words_of<W>(share.count), columns});
-        });
-  });
-}
-
-#define LK_MOE_KERNELS(T, V, P)                                                               \
-  static const File<GroupedLinear<T, DenseExperts<V>, P>> dense_##T##V##P(kThisIsa, &linear); \
-  static const File<GroupedLinearBackward<T, DenseExperts<V>, P>> dense_b_##T##V##P(kThisIsa, &backward)
+#define LK_MOE_KERNELS(T, V, P) \
+  static const File<GroupedLinear<T, DenseExperts<V>, P>> dense_##T##V##P(kThisIsa, &linear)
 LK_MOE_KERNELS(float, float, float);
 LK_MOE_KERNELS(float, float16, float);
 LK_MOE_KERNELS(bfloat16, bfloat16, bfloat16);
 LK_MOE_KERNELS(bfloat16, bfloat16, float);
-#define LK_MOE_NF4_KERNELS(T, P)                                                    \
-  static const File<GroupedLinear<T, Nf4Experts, P>> nf4_##T##P(kThisIsa, &linear); \
-  static const File<GroupedLinearBackward<T, Nf4Experts, P>> nf4_b_##T##P(kThisIsa, &backward)
+#define LK_MOE_NF4_KERNELS(T, P) static const File<GroupedLinear<T, Nf4Experts, P>> nf4_##T##P(kThisIsa, &linear)
 LK_MOE_NF4_KERNELS(float, float);
 LK_MOE_NF4_KERNELS(bfloat16, bfloat16);
 LK_MOE_NF4_KERNELS(bfloat16, float);
-static const File<GroupedWeightGradient<float, float>> dw_float(kThisIsa, &weight_gradient);
-static const File<GroupedWeightGradient<float, float16>> dw_float16(kThisIsa, &weight_gradient);
-static const File<GroupedWeightGradient<bfloat16, bfloat16>> dw_bfloat16(kThisIsa, &weight_gradient);
 
 }  // namespace llamakern::LK_ISA

@@ -13,7 +13,7 @@ from llamakern.bench.table import Table
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GPU_DTYPES = DTYPES[1:2]  # what models run in there
 MATMUL_DTYPES = DTYPES[:2]  # torch multiplies float16 matrices on a CPU up to a thousand times as long as ours takes
-ROOMS = ("attention", "block", "excitor", "lora", "loss", "moe", "nf4", "norm", "rope", "swiglu")
+ROOMS = ("attention", "block", "excitor", "lora", "loss", "moe", "nf4", "norm", "rope", "scale", "swiglu")
 
 
 @dataclass(frozen=True)

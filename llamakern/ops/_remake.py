@@ -68,5 +68,19 @@ def again(kept: list[Tensor | None], remake: Remake | None) -> Tensor:
     return kept[0] if remake is None else _made(remake, *kept)
 
 
+def keep_linear(ctx, x: Tensor, h: Tensor, *others: Tensor | None) -> None:
+    """What the backward of a linear with LoRA needs: h, its second output, which has no gradient, and all the others."""
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)  # zeros for h would be made at each call
+    kept, ctx.remake = keep(x)
+    ctx.save_for_backward(h, *others, *kept)
+
+
+def kept_linear(ctx, count: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """(x, h, the `count` others) that `keep_linear` was given."""
+    h, *saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+    return again(saved[count:], ctx.remake), h, saved[:count]
+
+
 # Made without history: a second derivative through it would be lost, and is refused.
 _made = once("backward of a linear", lambda remake, *kept: remake(*kept))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llamakern.ops._door import autocast_dtype, backward_op, differentiable, once, plain_op, wants_grad
-from llamakern.ops._remake import again, keep
+from llamakern.ops._remake import keep_linear, kept_linear
 from llamakern.ops.nf4 import nf4_dequantize_reference
 
 
@@ -30,7 +30,7 @@ def grouped_linear(
     """y[s] = W_e x[s] + scale·B_e A_e x[s], where offsets rise from 0 to S and row s belongs to the e around it.
 
     x and w are float32, bfloat16 or float16; lora_a and lora_b both have that dtype or are both float32. A stack that
-    lies as (E, K, N) is read as it lies: pass w.mT (with an adapter it is copied). Gradients flow to every tensor that
+    lies as (E, K, N) is read as it lies: pass w.mT (on a GPU it is copied where an adapter stands beside it). Gradients flow to every tensor that
     requires one. For float16 all sums and products on the way are float32. Deterministic. Under autocast x and w take
     its dtype. Raises ValueError for shapes and offsets, TypeError for dtypes.
     """
@@ -158,40 +158,36 @@ _weight_gradient = once("grouped_linear_backward", plain_op("grouped_weight_grad
 
 def _setup_context(ctx, inputs, output):
     x, w, offsets, lora_a, lora_b, ctx.scale = inputs
-    h = output[1]
-    ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)
-    kept, ctx.remake = keep(x)
-    ctx.save_for_backward(w, offsets, lora_a, lora_b, h, *kept)
+    keep_linear(ctx, x, output[1], w, offsets, lora_a, lora_b)
 
 
 def _backward(ctx, dy, _dh):
     if dy is None:
         return (None,) * 6
-    w, offsets, lora_a, lora_b, h, *kept = ctx.saved_tensors
-    x, want_dx = again(kept, ctx.remake), ctx.needs_input_grad[0]
+    x, h, (w, offsets, lora_a, lora_b) = kept_linear(ctx, 4)
+    want_dx = ctx.needs_input_grad[0]
     dx, da, db = _grouped_backward(dy, x, w, offsets, lora_a, lora_b, h, ctx.scale, want_dx)
-    dw = _weight_gradient(dy, x, offsets, w.dtype) if ctx.needs_input_grad[1] else None
+    dw = None
+    if ctx.needs_input_grad[1]:  # as the stack lies
+        lies = w.is_contiguous() or not w.mT.is_contiguous()
+        dw = _weight_gradient(*(dy, x) if lies else (x, dy), offsets, w.dtype)
+        dw = dw if lies else dw.mT
     adapter = (None, None) if lora_a is None else (da, db)
     return dx if want_dx else None, dw, None, *adapter, None
 
 
 def _setup_context_nf4(ctx, inputs, output):
     x, weight, absmax, offsets, lora_a, lora_b, absmax_scale, absmax_offset, *ctx.knobs = inputs
-    h = output[1]
-    ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)
-    kept, ctx.remake = keep(x)
-    ctx.save_for_backward(weight, absmax, offsets, lora_a, lora_b, h, absmax_scale, absmax_offset, *kept)
+    keep_linear(ctx, x, output[1], weight, absmax, offsets, lora_a, lora_b, absmax_scale, absmax_offset)
 
 
 def _backward_nf4(ctx, dy, _dh):
     if dy is None:
         return (None,) * 10
-    (*saved,) = ctx.saved_tensors
-    x, want_dx = again(saved[8:], ctx.remake), ctx.needs_input_grad[0]
-    dx, da, db = _nf4_grouped_backward(dy, x, *saved[:8], *ctx.knobs, want_dx)
-    adapter = (None, None) if saved[3] is None else (da, db)
+    x, h, (*packed, absmax_scale, absmax_offset) = kept_linear(ctx, 7)
+    want_dx = ctx.needs_input_grad[0]
+    dx, da, db = _nf4_grouped_backward(dy, x, *packed, h, absmax_scale, absmax_offset, *ctx.knobs, want_dx)
+    adapter = (None, None) if packed[3] is None else (da, db)
     return dx if want_dx else None, None, None, None, *adapter, *(None,) * 4
 
 

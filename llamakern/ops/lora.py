@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamakern.ops._door import autocast_dtype, backward_op, differentiable, once, wants_grad
-from llamakern.ops._remake import again, keep
+from llamakern.ops._remake import keep_linear, kept_linear
 from llamakern.ops.nf4 import _shape, bias_gradient, nf4_linear_reference, scaled, tokens
 
 # Tokens from which on one reduction over base and adapter is faster than torch's linear and a pass of ours beside it.
@@ -214,19 +214,15 @@ _nf4_lora_linear_backward = backward_op("nf4_lora_linear_backward", fake=_fake_n
 
 def _setup_context(ctx, inputs, output):
     base, x, w, lora_a, lora_b, bias, seed, *ctx.knobs = inputs
-    h = output[1]
     ctx.bias_dtype = bias.dtype if base is None and bias is not None else None
-    ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)  # zeros for h would be made at each call
-    kept, ctx.remake = keep(x)
-    ctx.save_for_backward(w, lora_a, lora_b, h, seed, *kept)
+    keep_linear(ctx, x, output[1], w, lora_a, lora_b, seed)
 
 
 def _backward(ctx, dy, _dh):
     if dy is None:
         return (None,) * 9
-    w, lora_a, lora_b, h, seed, *kept = ctx.saved_tensors  # read once: activation checkpointing allows no more
-    x, want_dx = again(kept, ctx.remake), ctx.needs_input_grad[1]
+    x, h, (w, lora_a, lora_b, seed) = kept_linear(ctx, 4)
+    want_dx = ctx.needs_input_grad[1]
     dx, da, db = _lora_linear_backward(dy, x, w, lora_a, lora_b, h, seed, *ctx.knobs, want_dx)
     dw = _weight_gradient(tokens(dy), tokens(x)) if ctx.needs_input_grad[2] else None
     dbias = bias_gradient(dy, ctx.bias_dtype) if ctx.bias_dtype and ctx.needs_input_grad[5] else None
@@ -245,20 +241,16 @@ _weight_gradient = once("lora_linear_backward", _dw)
 
 def _setup_context_nf4(ctx, inputs, output):
     x, weight, absmax, lora_a, lora_b, bias, absmax_scale, absmax_offset, seed, *ctx.knobs = inputs
-    h = output[1]
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)
-    kept, ctx.remake = keep(x)
-    ctx.save_for_backward(weight, absmax, lora_a, lora_b, h, absmax_scale, absmax_offset, seed, *kept)
+    keep_linear(ctx, x, output[1], weight, absmax, lora_a, lora_b, absmax_scale, absmax_offset, seed)
 
 
 def _backward_nf4(ctx, dy, _dh):
     if dy is None:
         return (None,) * 14
-    (*saved,) = ctx.saved_tensors
-    x, want_dx = again(saved[8:], ctx.remake), ctx.needs_input_grad[0]
-    dx, da, db = _nf4_lora_linear_backward(dy, x, *saved[:8], *ctx.knobs, want_dx)
+    x, h, (*packed, absmax_scale, absmax_offset, seed) = kept_linear(ctx, 7)
+    want_dx = ctx.needs_input_grad[0]
+    dx, da, db = _nf4_lora_linear_backward(dy, x, *packed, h, absmax_scale, absmax_offset, seed, *ctx.knobs, want_dx)
     dbias = bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[5] else None
     return dx if want_dx else None, None, None, da, db, dbias, *(None,) * 8
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llamakern.ops._door import autocast_dtype, backward_op, differentiable, plain_op, wants_grad
+from llamakern.ops.scale import channel_sums, scale_shift
 
 CODEBOOK = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -191,20 +192,23 @@ def scaled(op, linear, x, bias, in_scale, out_scale, *parameters):
         return linear(x, bias, *parameters)
     dtype = x.dtype
     if dtype == torch.float16:
-        x, bias, *parameters = (
-            t if t is None or t.dtype != torch.float16 else t.float() for t in (x, bias, *parameters)
+        x, bias, in_scale, out_scale, *parameters = (
+            t if t is None or t.dtype != torch.float16 else t.float()
+            for t in (x, bias, in_scale, out_scale, *parameters)
         )
     if in_scale is not None:
-        if in_scale.shape != x.shape[-1:]:
-            raise ValueError(f"{op}: in_scale must have shape {list(x.shape[-1:])}, got {list(in_scale.shape)}")
-        x = (x * in_scale).to(x.dtype)
+        _check_scale(op, "in_scale", in_scale, x)
+        x = scale_shift(x, in_scale)
     if out_scale is None:
         return linear(x, bias, *parameters).to(dtype)
     y = linear(x, None, *parameters)
-    if out_scale.shape != y.shape[-1:]:
-        raise ValueError(f"{op}: out_scale must have shape {list(y.shape[-1:])}, got {list(out_scale.shape)}")
-    z = y * out_scale
-    return (z if bias is None else z + bias).to(dtype)
+    _check_scale(op, "out_scale", out_scale, y)
+    return scale_shift(y, out_scale, bias).to(dtype)
+
+
+def _check_scale(op, name, scale, like):
+    if scale.shape != like.shape[-1:]:
+        raise ValueError(f"{op}: {name} must have shape {list(like.shape[-1:])}, got {list(scale.shape)}")
 
 
 # ------------------------------------------------------------------------------------------- torch.compile and autograd
@@ -254,7 +258,7 @@ def _backward(ctx, dy):
 
 def bias_gradient(dy, dtype):
     """dy (..., N) summed over the tokens, in float32."""
-    return tokens(dy).sum(0, dtype=torch.float32).to(dtype)
+    return channel_sums(dy).to(dtype)
 
 
 def tokens(x):

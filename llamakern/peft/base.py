@@ -162,6 +162,13 @@ def hub_name(model: nn.Module, name: str) -> str:
     return f"model.{name}" if isinstance(model, Llama) else name
 
 
+def hub_block(model: nn.Module) -> str:
+    """What transformers calls the feed-forward block of a layer of this model."""
+    moe = getattr(getattr(model, "config", None), "moe", None)
+    llama4 = isinstance(model, Llama) and moe is not None and moe.scale_input
+    return "feed_forward" if llama4 else "mlp"
+
+
 def replace(model: nn.Module, name: str, part: nn.Module | nn.Parameter | None) -> None:
     """Put a module or a parameter where the dotted `name` stands."""
     parent, _, child = name.rpartition(".")

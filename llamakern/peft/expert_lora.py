@@ -7,12 +7,15 @@ Over NF4 experts it is QLoRA; the stack is never dense. B = 0, so training start
 and shared experts are linears: LoRAConfig beside this one takes them.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from llamakern.moe import Experts, LoRAExperts, MoE
+from llamakern.peft import expert_files
 from llamakern.peft.base import Method, Parts
 
 
@@ -23,13 +26,15 @@ class ExpertLoRAConfig(Method):
     experts     False: only the routers train
     router      the routers' own weights train too; they become the adapter's, and the base keeps its own
     layers      only those layers, counted from 0; None means all that have experts
+    target_parameters    what PEFT calls the stacks; filled in for models that transformers has
 
-    An expert that receives no token is not trained: llamakern.gate names it. There is no dropout. ValueError for
+    Files are PEFT's, but where the routers train alone or transformers has no such model. An expert that receives no token is not trained: llamakern.gate names it. There is no dropout. ValueError for
     a rank below 1, for a model without experts, and where nothing is left to train.
     """
 
     kind: ClassVar[str] = "experts"
     order: ClassVar[int] = 20
+    merges: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float = 16.0
@@ -37,6 +42,7 @@ class ExpertLoRAConfig(Method):
     experts: bool = True
     router: bool = False
     layers: tuple[int, ...] | None = None
+    target_parameters: tuple[str, ...] | None = None
 
     def __post_init__(self):
         if type(self.rank) is not int or self.rank < 1:
@@ -47,6 +53,8 @@ class ExpertLoRAConfig(Method):
             raise ValueError("experts: experts or router must be True, got False for both")
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
+        if self.target_parameters is not None:
+            object.__setattr__(self, "target_parameters", tuple(self.target_parameters))
 
     @property
     def scale(self) -> float:
@@ -68,3 +76,23 @@ class ExpertLoRAConfig(Method):
             if self.router:
                 parameters[f"{path}.router.weight"] = nn.Parameter(module.router.weight.detach().clone())
         return Parts(modules, parameters)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Files: see expert_files.py
+
+    def resolved(self, model: nn.Module) -> "ExpertLoRAConfig":
+        names = expert_files.target_parameters(model, self.layers) if self.experts else None
+        return dataclasses.replace(self, target_parameters=names)
+
+    def describe(self) -> dict:
+        return super().describe() if self.target_parameters is None else expert_files.describe(self)
+
+    @classmethod
+    def read(cls, settings: Mapping) -> "ExpertLoRAConfig":
+        return cls(**expert_files.read(settings)) if settings.get("peft_type") == "LORA" else super().read(settings)
+
+    def pack(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        return dict(tensors) if self.target_parameters is None else expert_files.pack(tensors, model)
+
+    def unpack(self, saved: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        return dict(saved) if self.target_parameters is None else expert_files.unpack(saved, model)

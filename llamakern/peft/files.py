@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from llamakern.distributed import is_main, whole
 from llamakern.files import atomic_folder, write_json
 from llamakern.peft.base import Method, Parts, hub_name, own
+from llamakern.peft.expert_files import is_of_experts
+from llamakern.peft.expert_lora import ExpertLoRAConfig
+from llamakern.peft.lora import LoRAConfig
 from llamakern.peft.methods import METHODS
 from llamakern.peft.switching import Adapter, active, add, base_of, find
 
@@ -67,7 +70,8 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default") -> nn.Mod
     is taken. The model stays as it was unless all fits. Numbers are kept; half-precision ones become float32. A method
     from outside must have been made known by `register`.
     """
-    read = {method.kind: (method, saved) for method, saved in map(read_folder, folders(Path(path)))}
+    found = [pair for folder in folders(Path(path)) for pair in read_folder(folder)]
+    read = {method.kind: (method, saved) for method, saved in found}
     methods = [method for method, _ in read.values()]
 
     def fill(adapter: Adapter) -> None:
@@ -95,13 +99,12 @@ def folders(path: Path) -> Iterable[Path]:
     return [path / kind for kind in kinds]
 
 
-def read_folder(path: Path) -> tuple[Method, dict[str, Tensor]]:
-    """One method's configuration and its tensors as they are stored."""
+def read_folder(path: Path) -> list[tuple[Method, dict[str, Tensor]]]:
+    """A method's configuration and its tensors as they are stored; two where PEFT adapts linears and experts at once."""
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
             raise FileNotFoundError(f"peft: path must hold {CONFIG} and {WEIGHTS}, got {path} without {file}")
     settings = read_object(path / CONFIG)
-    method = kind_of(settings).read(settings)
     try:
         saved = load_file(path / WEIGHTS)
     except SafetensorError as error:
@@ -110,7 +113,14 @@ def read_folder(path: Path) -> tuple[Method, dict[str, Tensor]]:
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             name = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"peft: {key} must be float32, float16 or bfloat16, got {name}")
-    return method, saved
+    if settings.get("peft_type") != "LORA" or not settings.get("target_parameters"):
+        return [(kind_of(settings).read(settings), saved)]
+    experts = {key: t for key, t in saved.items() if is_of_experts(key)}
+    found = [(ExpertLoRAConfig.read(settings), experts)]
+    if settings.get("target_modules"):
+        linears = {key: v for key, v in settings.items() if key not in ("target_parameters", "modules_to_save")}
+        found.append((LoRAConfig.read(linears), {key: t for key, t in saved.items() if key not in experts}))
+    return found
 
 
 def kind_of(settings: dict) -> type[Method]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llamakern.moe import Experts
 from llamakern.nn import LoRALinear
-from llamakern.peft.base import Method, Parts, hub_name, linears
+from llamakern.peft.base import Method, Parts, hub_block, hub_name, linears
 from llamakern.peft.settings import from_peft, to_peft
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -167,6 +167,7 @@ class LoRAConfig(Method):
             owner, _, part = name.rpartition(".")
             if part == "bias":
                 part = "base_layer.bias" if owner in wrapped else "bias"
+            owner = owner.replace(".mlp.", f".{hub_block(model)}.")
             packed[f"base_model.model.{owner}.{theirs.get(part, part)}"] = tensor
         return packed
 
@@ -174,6 +175,7 @@ class LoRAConfig(Method):
         unpacked = {}
         for key, tensor in saved.items():
             name = key.removeprefix("base_model.model.").replace(".base_layer.bias", ".bias")
+            name = name.replace(f".{hub_block(model)}.", ".mlp.")
             for part, ours in PARTS.items():
                 if name.endswith(f".{part}"):
                     name = f"{name.removesuffix(part)}{ours}"
