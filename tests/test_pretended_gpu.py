@@ -9,7 +9,7 @@ import pytest
 import torch
 from pretended_gpu import must_not_wait
 from test_benchmarks import QUICK, SHAPES
-from test_cuda import decode_step, tiny, training_step
+from test_cuda import EXPERTS, decode_step, tiny, training_step
 
 from llamakern import peft
 from llamakern.bench import clock, nf4, rivals, roofs, scale
@@ -20,7 +20,12 @@ METHODS = {
     "qlora": peft.LoRAConfig(rank=4, alpha=8),
     "adapter": peft.AdapterConfig(),
     "excitor": peft.ExcitorConfig(),
+    "experts": [peft.LoRAConfig(rank=4, alpha=8), peft.ExpertLoRAConfig(rank=4, router=True)],
 }
+
+
+def model_of(method):
+    return tiny("cuda", method=METHODS.get(method), moe=EXPERTS if method == "experts" else None)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +75,7 @@ def test_other_devices_are_refused():
 @pytest.mark.parametrize("method", [None, *METHODS])
 def test_decode_step_does_not_wait(method):
     """Nor does it bring anything to the GPU: it can be captured."""
-    _, step = decode_step(tiny("cuda", method=METHODS.get(method)), "cuda")
+    _, step = decode_step(model_of(method), "cuda")
     want = step()
     with must_not_wait():
         assert step().shape == want.shape == (2, 256)
@@ -78,7 +83,7 @@ def test_decode_step_does_not_wait(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_step_does_not_wait(method):
-    step = training_step(tiny("cuda", method=METHODS[method]), "cuda")
+    step = training_step(model_of(method), "cuda")
     want = step()
     with must_not_wait():
         assert all(torch.equal(a.held, b.held) for a, b in zip(step(), want, strict=True))
