@@ -8,7 +8,7 @@ from llamakern import ops
 from llamakern.ops.nf4 import nf4_dequantize_reference, nf4_linear_reference
 
 
-@pytest.mark.parametrize("M", [3, 20])
+@pytest.mark.parametrize("M", [3, 20, 40])
 def test_float16_range(M, isa):
     """absmax beyond float16."""
     weight, absmax = ops.nf4_quantize(torch.randn(40, 64) * 1e5)
