@@ -14,7 +14,7 @@ from llamakern.ops.nf4 import (
 )
 
 
-@pytest.mark.parametrize("M", [3, 20])
+@pytest.mark.parametrize("M", [3, 20, 40])
 def test_float16_range(M, isa):
     """absmax beyond float16."""
     weight, absmax = ops.nf4_quantize(torch.randn(40, 64) * 1e5)
