@@ -9,7 +9,7 @@ import pytest
 import torch
 from pretended_gpu import must_not_wait
 from test_benchmarks import QUICK, SHAPES
-from test_cuda import decode_step, tiny, training_step
+from test_cuda import EXPERTS, decode_step, tiny, training_step
 
 from llamakern import peft
 from llamakern.bench import clock, nf4, rivals, roofs, scale
@@ -68,29 +68,49 @@ def test_other_devices_are_refused():
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])
-def test_decode_step_does_not_wait(method):
+@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+def test_decode_step_does_not_wait(method, moe):
     """Nor does it bring anything to the GPU: it can be captured."""
-    _, step = decode_step(tiny("cuda", method=METHODS.get(method)), "cuda")
+    _, step = decode_step(tiny("cuda", method=METHODS.get(method), moe=moe), "cuda")
     want = step()
     with must_not_wait():
         assert step().shape == want.shape == (2, 256)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_step_does_not_wait(method):
-    step = training_step(tiny("cuda", method=METHODS[method]), "cuda")
+@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+def test_training_step_does_not_wait(method, moe):
+    model = tiny("cuda", method=METHODS[method], moe=moe)
+    if moe:
+        with torch.device("cuda"):
+            peft.apply(model, peft.ExpertLoRAConfig(rank=4, router=True), name="experts")
+    step = training_step(model, "cuda")
     want = step()
     with must_not_wait():
         assert all(torch.equal(a.held, b.held) for a, b in zip(step(), want, strict=True))
 
 
-def test_smoke_runs(capsys):
+ON_CPUS_ONLY = {"large_pages_", "nf4_block_decode_"}
+
+
+def test_smoke_calls_every_op(capsys, monkeypatch):
+    """What compute-sanitizer watches on a GPU."""
+    called, dispatch = set(), pretended_gpu.dispatch
+
+    def noting(op, args, kwargs):
+        called.add(op.name().partition(".")[0])
+        return dispatch(op, args, kwargs)
+
+    monkeypatch.setattr(pretended_gpu, "dispatch", noting)
     torch.set_default_device("cuda")
     try:
         runpy.run_path(str(Path(__file__).parent / "gpu/smoke.py"))
     finally:
         torch.set_default_device("cpu")
     assert "every op ran" in capsys.readouterr().out
+    known = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("llamakern::")}
+    missing = {n.removeprefix("llamakern::").lstrip("_") for n in known} - ON_CPUS_ONLY
+    assert missing - {n.removeprefix("llamakern::").lstrip("_") for n in called} == set()
 
 
 def bench(tmp_path, *words):

@@ -8,35 +8,69 @@ torch.manual_seed(0)
 torch.set_default_device("cuda")
 
 
-def leaves(*tensors):
-    return [t.requires_grad_() for t in tensors]
+def made(dtype, *shapes, scale=1.0):
+    return [(torch.randn(*shape) * scale).to(dtype).requires_grad_() for shape in shapes]
 
 
 def backward(y, inputs):
     torch.autograd.grad(y, inputs, torch.randn_like(y))
 
 
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    x, w, gate, up = leaves(*(torch.randn(*shape, dtype=dtype) for shape in ((37, 72), (72,), (37, 33), (37, 33))))
+def rows(dtype):
+    x, s, w, gate, up = made(dtype, (37, 72), (37, 72), (72,), (37, 33), (37, 33))
     backward(ops.rms_norm(x, w, eps=1e-5), (x, w))
+    backward(ops.rms_norm(x, w, eps=1e-5, residual=s)[0], (x, w, s))
     backward(ops.swiglu(gate, up), (gate, up))
-    q, k, v = leaves(torch.randn(2, 37, 4, 40, dtype=dtype), *torch.randn(2, 2, 37, 2, 40, dtype=dtype).unbind())
+    backward(ops.scale_shift(x, w, w), (x, w))
+    (head,), labels = made(dtype, (150, 72)), torch.randint(0, 150, (37,))
+    labels[::3] = -100
+    backward(ops.linear_cross_entropy(x, head, labels), (x, head))
+
+
+def attention(dtype):
+    q, k, v = qkv = made(dtype, (2, 37, 4, 40), (2, 37, 2, 40), (2, 37, 2, 40))
     angle = torch.randn(37, 20)
     backward(ops.rope(q, k, angle.cos(), angle.sin())[0], (q,))
-    backward(ops.attention(q, k, v), (q, k, v))
+    backward(ops.attention(*qkv), qkv)
+    prompts = made(dtype, (10, 2, 40), (10, 2, 40)) + made(torch.float32, (4,))
+    knobs = dict(zip(("prompt_k", "prompt_v", "prompt_gate"), prompts, strict=True))
+    backward(ops.attention(*qkv, **knobs), (*qkv, *prompts))
+    excitor = made(dtype, (2, 37, 24), (2, 37, 2, 40), (5, 24), (80, 5), (10, 2, 40), (2,))
+    backward(ops.excitor_keys(*excitor), excitor)
     lengths = torch.tensor([37, 5], dtype=torch.int32)
     with torch.no_grad():
         ops.cache_append_(k.detach(), v.detach(), k[:, :1], v[:, :1], lengths)
         ops.attention_decode(q[:, :1], k, v, lengths=lengths)
-    head, labels = leaves(torch.randn(150, 72, dtype=dtype))[0], torch.randint(0, 150, (37,))
-    labels[::3] = -100
-    backward(ops.linear_cross_entropy(x, head, labels), (x, head))
-    packed, absmax = ops.nf4_quantize(torch.randn(50, 128, dtype=dtype))
-    ops.nf4_dequantize(packed, absmax, dtype=dtype)
-    a, b = leaves(torch.randn(5, 128, dtype=dtype), torch.randn(50, 5, dtype=dtype))
+        ops.attention_decode(q[:, :1], k, v, lengths=lengths, **knobs)
+
+
+def linears(dtype):
+    with torch.no_grad():
+        packed, absmax = ops.nf4_quantize(torch.randn(50, 128).to(dtype))
+        ops.nf4_double_quantize(absmax)
+        ops.nf4_dequantize(packed, absmax, dtype=dtype)
+    w, a, b = made(dtype, (50, 128), (5, 128), (50, 5))
     for M in (1, 37):
-        (y,) = leaves(torch.randn(M, 128, dtype=dtype))
-        backward(ops.nf4_linear(y, packed, absmax), (y,))
-        backward(ops.nf4_lora_linear(y, packed, absmax, a, b, scale=0.5), (y, a, b))
+        (x,) = made(dtype, (M, 128))
+        backward(ops.nf4_linear(x, packed, absmax), (x,))
+        backward(ops.nf4_lora_linear(x, packed, absmax, a, b, scale=0.5), (x, a, b))
+        backward(ops.lora_linear(x, w, a, b, scale=0.5), (x, w, a, b))
+
+
+def experts(dtype, M=37, E=4, C=64, F=64, R=3):
+    x, up, down = made(dtype, (M, C), (E, 2 * F, C), (E, C, F), scale=0.1)
+    lora = made(dtype, (E, R, C), (E, 2 * F, R), (E, R, F), (E, C, R), scale=0.1)
+    (logits,) = made(torch.float32, (M, E))
+    weights, chosen = ops.moe_route(logits, top_k=2)
+    backward(ops.moe_mlp(x, weights, chosen, up, down, lora=lora, scale=0.5), (x, logits, up, down, *lora))
+    packed = [ops.nf4_quantize(w.detach().flatten(0, 1)) for w in (up, down)]
+    stacks, absmax = zip(*([t.view(E, -1, t.shape[-1]) for t in pair] for pair in packed), strict=True)
+    weights, chosen = ops.moe_route(logits, top_k=2)
+    backward(ops.moe_mlp(x, weights, chosen, *stacks, absmax=absmax, lora=lora, scale=0.5), (x, logits, *lora))
+
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for room in (rows, attention, linears, experts):
+        room(dtype)
 torch.cuda.synchronize()
 print("every op ran")
