@@ -29,7 +29,7 @@ demo: env
 # keeps the one it waits for from running.
 HALF := $(shell n=$$(nproc 2> /dev/null || echo 2); echo $$((n > 1 ? n / 2 : 1)))
 test: env cuda-host-build
-	$(MAKE) --no-print-directory -j2 --output-sync=target OMP_NUM_THREADS=$(HALF) HOST_CUDA_THREADS=$(HALF) \
+	$(MAKE) --no-print-directory -j2 --output-sync=line OMP_NUM_THREADS=$(HALF) HOST_CUDA_THREADS=$(HALF) \
 	  cpu-tests cuda-host-tests
 
 cpu-tests:
@@ -89,7 +89,7 @@ SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-n
 sanitize: $(READY)
 	LLAMAKERN_SANITIZE=address,undefined LLAMAKERN_BUILD_NAME=cmake-sanitize \
 	  $(if $(findstring x86,$(shell uname -m)),LLAMAKERN_ISAS='avx2;$(WIDEST)') $(VENV)/python setup.py -q build --build-lib build/sanitize
-	$(MAKE) --no-print-directory -j2 --output-sync=target OMP_NUM_THREADS=$(HALF) sanitize-widest sanitize-others
+	$(MAKE) --no-print-directory -j2 --output-sync=line OMP_NUM_THREADS=$(HALF) sanitize-widest sanitize-others
 sanitize-widest:
 	$(SANITIZED) -k '($(SANITIZE_ONLY)) and $(WIDEST)' $(SANITIZE_TESTS) || [ $$? = 5 ]  # 5: none of that name
 sanitize-others:

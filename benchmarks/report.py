@@ -29,12 +29,19 @@ HIGHLIGHTS = [
     ("loss", "llama-7b V=32000 M=512 bfloat16 loss, dh"),
     ("loss", "llama-7b V=32000 M=512 bfloat16 loss, dh, dw"),
     ("norm", "llama-7b M=512 bfloat16 +residual"),
+    *(("moe", f"{name} M={M} bfloat16") for name in ("mixtral/2", "llama4-scout/2") for M in (1, 64, 512, 2048)),
+    *(("moe", f"{name} M=512 bfloat16 training") for name in ("mixtral/2", "llama4-scout/2")),
     ("swiglu", "llama-7b M=512 bfloat16"),
     ("rope", "llama3-8b T=2048 bfloat16"),
 ]
 
-AT_MOST = ("loading_mb", "memory_mb")
-WHAT = {"share": "of the roof", "loading_mb": "peak memory of loading", "memory_mb": "peak memory of a step"}
+AT_MOST = ("loading_mb", "memory_mb", "slowdown")
+WHAT = {
+    "share": "of the roof",
+    "smaller": "dense experts in memory, of packed ones",
+    "loading_mb": "peak memory of loading",
+    "memory_mb": "peak memory of a step",
+}
 
 
 def line(room: str, row: dict) -> str:
@@ -82,14 +89,16 @@ def reached(row: dict, target: Target) -> float | None:
     """The value that the row has for the target, or None where the rivals were absent."""
     if target.measure == "share":
         return row["share"][1] if row.get("share") else None
-    if target.measure in AT_MOST:
+    if target.measure == "smaller":
+        return row[target.measure]
+    if target.measure in AT_MOST[:2]:
         return row["runs"]["ours"][target.measure]
-    if target.measure == "times":
+    if target.measure in ("times", "slowdown"):
         values = [times_ours(row, rival) for rival in target.rivals if rival in row["ms"]]
     else:
         runs = row["runs"]
         values = [runs[rival]["memory_mb"] / runs["ours"]["memory_mb"] for rival in target.rivals if rival in runs]
-    return min(values, default=None)
+    return (max if target.measure == "slowdown" else min)(values, default=None)
 
 
 def judge(folder: Path, target: Target) -> str:
@@ -98,7 +107,7 @@ def judge(folder: Path, target: Target) -> str:
     rows = {row["shape"]: row for row in read_table(file)["rows"]} if file.is_file() else {}
     value = reached(rows[target.row], target) if target.row in rows else None
     at_most = target.measure in AT_MOST
-    form = "{:.0%}" if target.measure == "share" else "{:,.0f} MiB" if at_most else "{:.2f}"
+    form = "{:.0%}" if target.measure == "share" else "{:,.0f} MiB" if target.measure in AT_MOST[:2] else "{:.2f}"
     wanted = f"{'at most' if at_most else 'at least'} {form.format(target.bound)}"
     what = WHAT.get(target.measure) or f"{target.measure} of {' or '.join(target.rivals)}"
     start = f"| {target.table} | {target.row} | {what} | {wanted} |"

@@ -5,9 +5,11 @@ A target bounds one measure of a row, from below:
     share            of the roof that bounds the work, measured in the same turns
     times            of ours that a rival takes; of several rivals the smallest counts
     memory           of ours that a rival holds at its peak, likewise
+    smaller          how many times as much memory dense experts take as packed ones
 
 or from above:
 
+    slowdown         times of ours that another form of ours takes
     loading_mb       the peak of our memory while the model loads, in MiB
     memory_mb        the peak in a step
 """
@@ -26,6 +28,7 @@ class Target(NamedTuple):
 
 
 LAYERS = ("llama-7b q_proj 4096x4096", "llama-7b up_proj 11008x4096")
+MIXTURES = ("mixtral/2", "llama4-scout/2")
 DECODE = ("llama3-8b S=8192", "llama-7b S=2048", "llama3.2-1b S=4096 B=4", "one kv head S=16384")
 EVAL = ("bitsandbytes eval",)
 BITSANDBYTES = ("bitsandbytes eval", "bitsandbytes training")
@@ -66,6 +69,14 @@ def linears(layer: str) -> list[Target]:
     ]
 
 
+def experts(name: str, M: int) -> list[Target]:
+    rows = [f"{name} M={M} bfloat16{kind}" for kind in ("", " dx", " training")]
+    return [
+        *(Target("moe", row, "times", 2.0, ("transformers",)) for row in rows),
+        *(Target("moe", row, "slowdown", 1 / 0.85, ("ours NF4",)) for row in rows[:2]),
+    ]
+
+
 def lora(M: int, cost: float) -> Target:
     return Target("lora", f"{LAYERS[0]} nf4 M={M} bfloat16", "times", 1 / (1 + cost), ("without LoRA",))
 
@@ -76,6 +87,8 @@ TARGETS = [
     lora(16, 0.05),
     lora(64, 0.025),
     lora(512, 0.025),
+    *(target for name in MIXTURES for M in (1, 64, 512, 2048) for target in experts(name, M)),
+    *(Target("moe", f"{name} M=64 bfloat16", "smaller", 3.5) for name in MIXTURES),
     Target("generate_llama_cpp", "1.1B decode prompt=512", "times", 1.3, LLAMA_CPP),
     Target("generate_llama_cpp", "1.1B prefill prompt=512", "times", 1.6, LLAMA_CPP),
     Target("train_qlora", f"qlora {TRAIN}", "times", 2.5, PEFT),

@@ -55,8 +55,8 @@ struct DenseStack {
   int64_t E, N, K;
   bool transposed;
 
-  // A stack that lies as (E, K, N) is read as it lies; on a GPU not with an adapter beside it.
-  DenseStack(const char* op, const Tensor& w_, const Tensor& x, bool lora) : w(w_) {
+  // A stack that lies as (E, K, N) is read as it lies.
+  DenseStack(const char* op, const Tensor& w_, const Tensor& x) : w(w_) {
     check(w.dim() == 3, op, ": w must have shape (E, N, K), got ", shape_text(w.sizes()));
     E = w.size(0);
     N = w.size(1);
@@ -64,8 +64,7 @@ struct DenseStack {
     const bool half = w.scalar_type() == ScalarType::Half && x.scalar_type() == ScalarType::Float;
     if (!half) check_same_dtype(op, "w", w, "x", x);
     check_same_device(op, "w", w, "x", x);
-    transposed =
-        !(lora && x.is_cuda()) && !w.is_contiguous() && w.stride(1) == 1 && w.stride(2) == N && w.stride(0) == N * K;
+    transposed = !w.is_contiguous() && w.stride(1) == 1 && w.stride(2) == N && w.stride(0) == N * K;
     if (!transposed) w = as_contiguous(w);
   }
   // fn(the experts as the kernels of T take them)
@@ -166,7 +165,7 @@ Two forward(const char* op, const Stack& w, const Tensor& x_, const Tensor& offs
 Two grouped_linear(const Tensor& x, const Tensor& w, const Tensor& offsets, MaybeTensor lora_a, MaybeTensor lora_b,
                    double scale) {
   const char* op = "grouped_linear";
-  return forward(op, DenseStack(op, w, x, lora_a.has_value()), x, offsets, lora_a, lora_b, scale);
+  return forward(op, DenseStack(op, w, x), x, offsets, lora_a, lora_b, scale);
 }
 
 Two nf4_grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& absmax, const Tensor& offsets,
@@ -223,7 +222,7 @@ Three backward(const char* op, const Stack& w, const Tensor& dy_, const Tensor& 
 Three grouped_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, const Tensor& offsets,
                               MaybeTensor lora_a, MaybeTensor lora_b, const Tensor& h, double scale, bool want_dx) {
   const char* op = "grouped_linear_backward";
-  const DenseStack stack(op, w, x, lora_a.has_value());
+  const DenseStack stack(op, w, x);
   return backward(op, stack, dy, x, offsets, lora_a, lora_b, h, scale, want_dx);
 }
 

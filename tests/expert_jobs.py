@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llamakern import Llama, LlamaConfig
+from llamakern import Llama, LlamaConfig, generate
 from llamakern.config import MoEConfig
 from llamakern.integrations.expert_parallel import share_experts_
 from llamakern.nn import quantize_
@@ -39,6 +39,11 @@ def batches() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, labels
 
 
+def generated(model: Llama, rows: torch.Tensor) -> torch.Tensor:
+    """The prompts (B, 9), each with 12 tokens chosen greedily: none ends early, so all processes take as many steps."""
+    return generate(model, rows, max_new_tokens=12)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -49,8 +54,9 @@ def main() -> None:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         grads = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
         shares = [m.experts for m in model.modules() if hasattr(m, "take_loss")]
+        made = generated(model, tokens[: rank + 1])  # one row here, two there
         torch.save(
-            {"loss": loss.detach(), "grads": grads, "first": [s.first for s in shares]},
+            {"loss": loss.detach(), "grads": grads, "first": [s.first for s in shares], "made": made},
             Path(sys.argv[1]) / f"{kind}{rank}.pt",
         )
     dist.destroy_process_group()

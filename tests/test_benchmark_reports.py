@@ -138,6 +138,9 @@ def test_targets_are_judged_by_the_files(report, tmp_path):
     assert "not measured" in report.judge(tmp_path, Target("nf4", "one", "times", 2.0, ("none",)))
     assert "not measured" in report.judge(tmp_path, Target("nf4", "two", "share", 0.1))
     assert "not measured" in report.judge(tmp_path, Target("lora", "one", "share", 0.1))
+    for bound, verdict in ((2.1, "met"), (1.9, "**missed**")):
+        line = report.judge(tmp_path, Target("nf4", "one", "slowdown", bound, ("theirs",)))
+        assert f"| at most {bound:.2f} | 2.00 | {verdict} |" in line
     runs = {"ours": {"memory_mb": 100.0}, "theirs": {"memory_mb": 250.0}, "other": {"memory_mb": 220.0}}
     assert report.reached({"runs": runs}, Target("train", "one", "memory", 2.0, ("theirs", "other"))) == 2.2
 

@@ -78,9 +78,8 @@ def training_step(model, device):
 @pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
 def test_no_step_looks_at_values_on_a_device(moe):
     """On tensors that have no values: whoever asks for one raises."""
-    model = tiny("meta", method=peft.LoRAConfig(rank=4, alpha=8), moe=moe)
-    if moe:
-        peft.apply(model, peft.ExpertLoRAConfig(rank=4, router=True), name="experts")
+    experts = [peft.ExpertLoRAConfig(rank=4, router=True)] if moe else []
+    model = tiny("meta", method=[peft.LoRAConfig(rank=4, alpha=8), *experts], moe=moe)
     assert decode_step(model, "meta")[1]().shape == (2, 256)
     assert all(g.device.type == "meta" for g in training_step(model, "meta")())
     with pytest.raises(RuntimeError, match="meta"):

@@ -24,6 +24,7 @@ SHAPES = [
     (1, 8, 2),  # one token
     (70, 5, 1),  # one word: the loss is 0
     (600, 8, 200),  # more strips than share a panel
+    (1100, 3, 5),  # more tokens than threads of a block
 ]
 
 

@@ -86,6 +86,7 @@ void launch_pass(const BackwardTask<T>& task, Stream stream) {
                                                        : tile_places(task.operands, in.S, 1, Shape::kRows));
   if (blocks == 0) return;
   constexpr size_t kBytes = sizeof(typename Shape::Storage);
+  static_assert(kBytes <= kMostShared);
   allow_shared(attention_backward_kernel<Shape>, kBytes);
   LK_LAUNCH(attention_backward_kernel<Shape>, unsigned(blocks), Shape::kThreads, kBytes, stream)(task);
   check_launch("attention_backward_kernel");

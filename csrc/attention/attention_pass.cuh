@@ -247,6 +247,14 @@ struct PassBlock {
     cp_async_commit();
   }
 
+  // Whether prompts weigh so much in y that its rounding hides what the words' delta is made of.
+  LK_DEVICE bool drowned() const {
+    const float* const gates = sizeof(T) == 2 ? in().prompts.gate : nullptr;
+    bool some = false;
+    for (int g = 0; gates && g < G(); ++g) some = some || fabsf(gates[tile.kv * G() + g]) > 1.0f;
+    return some;
+  }
+
   // delta = Σ p dp by a pass over the keys. Over prompts Σ p becomes 1: lse was rounded, and p with it.
   LK_DEVICE void sum_deltas(int low, int high) {
     float delta[2] = {}, total[2] = {};
@@ -291,6 +299,39 @@ struct PassBlock {
     }
   }
 
+  // o += p y, and the p are lifted.
+  LK_DEVICE void add_values(float (&o)[1][kD / 8][4], const float (&p)[kN / 8][4], float lift, const T* y) const {
+    Left<T, kN> left[1];
+    float lifted[kN / 8][4];
+#pragma unroll
+    for (int n = 0; n < kN / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) lifted[n][i] = p[n][i] * lift;
+    }
+    left[0].set(lifted);
+    multiply<T, kD, 1, kN>(o, left, y);
+  }
+
+  // o += ds y1. The softmax of one prompt is 1 whatever its score: there ds is 0.
+  LK_DEVICE void add_scores(float (&o)[1][kD / 8][4], const float (&p)[kN / 8][4], const T* x2, const T* y1,
+                            const T* y2, Growth& growth) const {
+    const bool lone = task.gate && in().S == 1;
+    float ds[1][kN / 8][4] = {};
+    dot_rows<T, kD, 1, kN>(ds, x2, y2);
+#pragma unroll
+    for (int n = 0; n < kN / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float minus_delta = lens.query(i / 2, 8 * n + lane_id() % 4 * 2 + i % 2).minus_delta;
+        ds[0][n][i] = lone || p[n][i] == 0.0f ? 0.0f : p[n][i] * (ds[0][n][i] + minus_delta);
+      }
+    }
+    if constexpr (std::is_same_v<T, float16>) growth.template apply<kN, kD>(ds[0], o[0]);
+    Left<T, kN> left[1];
+    left[0].set(ds[0]);
+    multiply<T, kD, 1, kN>(o, left, y1);
+  }
+
   // The warp's rows of dq, dk or dv, times factor, by way of `from`; of prompts to `sums`.
   LK_DEVICE void store(T* from, float (&o)[kD / 8][4], const float (&factor)[2], const Heads<T>& to, bool sixteens,
                        float* sums) const {
@@ -329,7 +370,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   T *x1 = shared.x1[block.warp_row()], *x2 = shared.x2[kFirst ? block.warp_row() : 0];
   float o1[1][kFirst ? kD / 8 : 1][4] = {}, o2[1][kSecond ? kD / 8 : 1][4] = {};
   Growth growth;
-  const bool lone = task.gate && task.operands.in.S == 1;  // the softmax of one prompt is 1 whatever its score: ds is 0
   const float lift = task.gate ? 1.0f : float(1 << Shape::kLift);
   const float* weights = task.gate ? task.weights + row_index(task.operands, tile, 0) : nullptr;
   if (low < high) {
@@ -337,7 +377,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     block.load_columns(0, low);
   }
   if constexpr (kOwnsQueries) {
-    if (task.exact) block.sum_deltas(low, high);
+    if (task.exact || block.drowned()) block.sum_deltas(low, high);
   }
   for (int at = low, stage = 0; at < high; at += kN, stage ^= 1) {
     cp_async_wait<0>();
@@ -350,33 +390,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     block.lens.columns = y1;
     const bool seen = weigh<Shape>(s[0], task, tile, block.lens, weights);
     if (!__any_sync(~0u, seen)) continue;
-    if constexpr (kSecond) {
-      Left<T, kN> p[1];
-      float lifted[kN / 8][4];
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) lifted[n][i] = s[0][n][i] * lift;
-      }
-      p[0].set(lifted);
-      multiply<T, kD, 1, kN>(o2, p, y2);
-    }
-    if constexpr (kFirst) {
-      float ds[1][kN / 8][4] = {};
-      dot_rows<T, kD, 1, kN>(ds, x2, y2);
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float minus_delta = block.lens.query(i / 2, 8 * n + lane_id() % 4 * 2 + i % 2).minus_delta;
-          ds[0][n][i] = lone || s[0][n][i] == 0.0f ? 0.0f : s[0][n][i] * (ds[0][n][i] + minus_delta);
-        }
-      }
-      if constexpr (std::is_same_v<T, float16>) growth.template apply<kN, kD>(ds[0], o1[0]);
-      Left<T, kN> left[1];
-      left[0].set(ds[0]);
-      multiply<T, kD, 1, kN>(o1, left, y1);
-    }
+    if constexpr (kSecond) block.add_values(o2, s[0], lift, y2);
+    if constexpr (kFirst) block.add_scores(o1, s[0], x2, y1, y2, growth);
   }
   if constexpr (kSecond) block.store(x1, o2[0], {1.0f / lift, 1.0f / lift}, task.p.dv, task.dv_sixteens, task.dv_sums);
   if constexpr (kFirst) {

@@ -41,7 +41,7 @@ struct LossChunk {
   float *top, *total;      // [rows][tiles]    largest score, Σ exp(score - largest); then what makes P of exponentials
   float *score, *certain;  // [rows]           of the label; its P
   T* h;                    // [rows][h_pitch]
-  T* probs[kParts<T>];     // [rows][pitch]    exp(score - largest)·kLift, then P; what it rounds off
+  T *probs, *low;          // [rows][pitch]    exp(score - largest)·kLift, then P; what it rounds off, or null
   float* sum;              // [V][C]           of dW over the chunks, null where dw can hold it or there is one chunk
 
   LK_HD int64_t here() const { return max64(0, min64(rows, *count - from)); }
@@ -80,7 +80,8 @@ static int64_t lay_out(LossChunk<T>& k, const LinearCrossEntropy<T>& p, void* wo
   take(k.score, k.rows);
   take(k.certain, k.rows);
   take(k.h, k.rows * k.h_pitch);
-  for (T*& part : k.probs) take(part, k.backward ? k.rows * k.pitch : 0);
+  take(k.probs, k.backward ? k.rows * k.pitch : 0);
+  take(k.low, k.backward && kParts<T> == 2 ? k.rows * k.pitch : 0);
   take(k.sum, k.chunks > 1 ? sum_bytes / int64_t(sizeof(float)) : 0);
   if (k.chunks == 1 || sum_bytes == 0) k.sum = nullptr;
   return at - static_cast<char*>(workspace);
@@ -91,21 +92,21 @@ static int64_t lay_out(LossChunk<T>& k, const LinearCrossEntropy<T>& p, void* wo
 // A pack of P, from element `at` on.
 template <typename T>
 static LK_DEVICE void load_pack(float (&x)[kPack<T>], const LossChunk<T>& k, int64_t at) {
-  load(x, k.probs[0] + at);
+  load(x, k.probs + at);
   if constexpr (kParts<T> == 2) {
     float low[kPack<T>];
-    load(low, k.probs[1] + at);
+    load(low, k.low + at);
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) x[i] += low[i];
   }
 }
 template <typename T>
 static LK_DEVICE void store_pack(const LossChunk<T>& k, int64_t at, float (&x)[kPack<T>]) {
-  store(k.probs[0] + at, x);
+  store(k.probs + at, x);
   if constexpr (kParts<T> == 2) {
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) x[i] -= widen(narrow<T>(x[i]));
-    store(k.probs[1] + at, x);
+    store(k.low + at, x);
   }
 }
 
@@ -260,8 +261,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) loss_dh_kernel(
   if (at.m >= rows) return;
   Tile tile;
 #pragma unroll 1
-  for (const T* probs : k.probs)
-    tile.add(shared, Rows<T>{probs, k.pitch, rows, p.V}, Columns<T>{p.w, p.w_row, p.V, p.C}, at.m, at.n, p.V);
+  for (int part = 0; part < kParts<T>; ++part)
+    tile.add(shared, Rows<T>{part ? k.low : k.probs, k.pitch, rows, p.V}, Columns<T>{p.w, p.w_row, p.V, p.C}, at.m,
+             at.n, p.V);
   const float back = 1.0f / *k.unit;
   tile.each([&](int i, int j, float sum) LK_INLINE {
     const int64_t row = at.m + i, c = at.n + j;
@@ -285,8 +287,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) loss_dw_kernel(
   const int64_t rows = k.here();
   Tile tile;
 #pragma unroll 1
-  for (const T* probs : k.probs)
-    tile.add(shared, Columns<T>{probs, k.pitch, rows, p.V}, Columns<T>{k.h, k.h_pitch, rows, p.C}, at.m, at.n, rows);
+  for (int part = 0; part < kParts<T>; ++part)
+    tile.add(shared, Columns<T>{part ? k.low : k.probs, k.pitch, rows, p.V}, Columns<T>{k.h, k.h_pitch, rows, p.C},
+             at.m, at.n, rows);
   const float back = 1.0f / *k.unit;
   tile.each([&](int i, int j, float sum) LK_INLINE {
     const int64_t v = at.m + i, c = at.n + j;
@@ -326,25 +329,13 @@ static int64_t loss_bytes(const LinearCrossEntropy<T>& p) {
   return lay_out(k, p, nullptr);
 }
 
-// A matmul of the chunk: kernel<Tile> over C [M][N].
-template <typename Tile, typename Kernel, typename... Arguments>
-static void multiply(const char* name, Kernel kernel, int64_t M, int64_t N, Stream stream,
-                     const Arguments&... arguments) {
-  if (M * N == 0) return;
-  allow_shared(kernel, sizeof(typename Tile::Shared));
-  LK_LAUNCH(kernel, tiles_of<Tile>(M, N), Tile::kThreads, sizeof(typename Tile::Shared), stream)(arguments...);
-  check_launch(name);
-}
-
 template <typename T>
 static void run_chunk(const LossChunk<T>& k, bool last, Stream stream) {
-  using Large = LargeTile<T>;
-  using Small = SmallTile<T>;
   const auto& p = k.p;
   const unsigned rows = unsigned(k.rows), warps = kThreads / kWarp;
   LK_LAUNCH(loss_gather_kernel<T>, rows, kThreads, 0, stream)(k);
   check_launch("loss_gather_kernel");
-  multiply<Large>("loss_scores_kernel", loss_scores_kernel<T>, k.rows, p.V, stream, k);
+  launch_tiles<LargeTile<T>>("loss_scores_kernel", loss_scores_kernel<T>, k.rows, p.V, stream, k);
   LK_LAUNCH(loss_rows_kernel<T>, unsigned(ceil_div(rows, warps)), dim3(kWarp, warps), 0, stream)(k);
   check_launch("loss_rows_kernel");
   if (!k.backward) return;
@@ -353,14 +344,14 @@ static void run_chunk(const LossChunk<T>& k, bool last, Stream stream) {
     LK_LAUNCH(loss_probabilities_kernel<T>, rows * blocks, kThreads, 0, stream)(k, blocks);
     check_launch("loss_probabilities_kernel");
   }
-  if (p.dh && wants_large<T>(k.rows, p.C))
-    multiply<Large>("loss_dh_kernel", loss_dh_kernel<T, Large>, k.rows, p.C, stream, k);
-  else if (p.dh)
-    multiply<Small>("loss_dh_kernel", loss_dh_kernel<T, Small>, k.rows, p.C, stream, k);
-  if (p.dw && wants_large<T>(p.V, p.C))
-    multiply<Large>("loss_dw_kernel", loss_dw_kernel<T, Large>, p.V, p.C, stream, k, last);
-  else if (p.dw)
-    multiply<Small>("loss_dw_kernel", loss_dw_kernel<T, Small>, p.V, p.C, stream, k, last);
+  if (p.dh)
+    with_tile<T>(k.rows, p.C, [&]<typename Tile>() {
+      launch_tiles<Tile>("loss_dh_kernel", loss_dh_kernel<T, Tile>, k.rows, p.C, stream, k);
+    });
+  if (p.dw)
+    with_tile<T>(p.V, p.C, [&]<typename Tile>() {
+      launch_tiles<Tile>("loss_dw_kernel", loss_dw_kernel<T, Tile>, p.V, p.C, stream, k, last);
+    });
 }
 
 template <typename T>

@@ -156,8 +156,9 @@ LK_HD Either<T> at(const Either<T>& x, int64_t i) {
 
 // ---------------------------------------------------------------------------- what the files call of one another
 
-// out [S][C] = u W_e + scale·narrow factor_e; of W [E][N][K], down its columns (kAcross: C = K, factor A [R][K], as in
-// dx = dy W + g A) or along its rows (C = N, factor B [N][R], as in y = x Wᵀ + h Bᵀ).
+// out [S][C] = u W_e + scale·narrow factor_e; of W [E][N][K], down its columns (kAcross: C = K, factor A [R][C], as in
+// dx = dy W + g A) or along its rows (C = N, factor B [C][R], as in y = x Wᵀ + h Bᵀ). A stack that lies as [E][K][N] is
+// the transpose of one of N = K, K = N: the one product takes the other's way over W, with its own factor.
 template <typename T, typename Experts>
 struct GroupedProduct {
   T* out;
@@ -168,11 +169,33 @@ struct GroupedProduct {
   Either<T> factor;
   int64_t R;
   float scale;
-  bool low;
+  bool low, transposed;
   RowGroups groups;
   int64_t N, K;
+
+  GroupedProduct(T* out, const T* u, int64_t u_row, const Experts& w, const float* narrow, const Either<T>& factor,
+                 const Adapters<T>& lora, const RowGroups& groups, int64_t N, int64_t K)
+      : out(out),
+        u(u),
+        u_row(u_row),
+        w(w),
+        narrow(narrow),
+        factor(factor),
+        R(lora.R),
+        scale(lora.scale),
+        low(lora.low),
+        transposed(false),
+        groups(groups),
+        N(N),
+        K(K) {
+    if constexpr (!std::is_same_v<Experts, Nf4Experts>) {
+      transposed = w.transposed;
+      if (transposed) this->N = K, this->K = N;
+    }
+  }
 };
 
+// `across` for W [E][N][K]: false for y, true for dx.
 template <typename T, typename Experts>
 void grouped_product(const GroupedProduct<T, Experts>& p, bool across, Stream stream);
 

@@ -112,14 +112,10 @@ void grouped_backward(const GroupedLinearBackward<T, Experts, P>& p, void* works
   Pieces pieces(workspace);
   float* g = pieces.take<float>(p.S * lora.R);
   grouped_narrow<true>(pieces, narrow_of(p, lora, g), stream);
-  if (p.dx) {
-    GroupedProduct<T, Experts> product{
-        p.dx, p.dy, p.dy_row, p.w, g, lora.a, lora.R, lora.scale, lora.low, {p.offsets, p.S, p.E}, p.N, p.K};
-    bool across = true;
-    if constexpr (!std::is_same_v<Experts, Nf4Experts>)
-      if (p.w.transposed) across = false, product.N = p.K, product.K = p.N;
-    grouped_product(product, across, stream);
-  }
+  const RowGroups groups{p.offsets, p.S, p.E};
+  if (p.dx)
+    grouped_product(GroupedProduct<T, Experts>(p.dx, p.dy, p.dy_row, p.w, g, lora.a, lora, groups, p.N, p.K), true,
+                    stream);
   if (lora.R == 0) return;
   AdapterGradient<T> da{}, db{};
   if constexpr (std::is_same_v<P, float>)

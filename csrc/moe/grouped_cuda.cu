@@ -14,6 +14,18 @@ LK_DEVICE auto weight_of(const Experts& w, int64_t e, int64_t N, int64_t K) {
     return operand_of<kAcross>(w, e, N, K);
 }
 
+// tile += narrow factor_e, columns n ... of C: the factor lies as [R][C] (kAcross) or as [C][R].
+template <bool kAcross, typename T, typename Tile, typename Product>
+LK_DEVICE void add_adapter(Tile& tile, typename Tile::Shared& shared, const Product& p, int64_t e, int64_t begin,
+                           int64_t count, int64_t n, int64_t C) {
+  const Either<T> h{nullptr, p.narrow + begin * p.R}, factor = at(p.factor, e * p.R * C);
+  const auto u = [&](bool low) LK_INLINE { return part_of<T, false>(h, p.R, count, p.R, low); };
+  const auto v = [&](bool low) LK_INLINE {
+    return part_of<T, kAcross>(factor, kAcross ? C : p.R, kAcross ? p.R : C, kAcross ? C : p.R, low);
+  };
+  add_parts(tile, shared, u, v, p.low, p.low, 0, n, p.R);
+}
+
 template <typename T, typename Tile, bool kAcross, typename Experts>
 __global__ void __launch_bounds__(Tile::kThreads, kGroupedBlocks<Tile>)
     grouped_product_kernel(const GroupedProduct<T, Experts> p) {
@@ -24,12 +36,10 @@ __global__ void __launch_bounds__(Tile::kThreads, kGroupedBlocks<Tile>)
   if (count == 0) return;
   Tile tile;
   if (p.R) {
-    const Either<T> h{nullptr, p.narrow + begin * p.R}, factor = cuda::at(p.factor, e * p.R * C);
-    const auto u = [&](bool low) LK_INLINE { return part_of<T, false>(h, p.R, count, p.R, low); };
-    const auto v = [&](bool low) LK_INLINE {
-      return part_of<T, kAcross>(factor, kAcross ? C : p.R, kAcross ? p.R : C, kAcross ? C : p.R, low);
-    };
-    add_parts(tile, shared, u, v, p.low, p.low, 0, at.n, p.R);
+    if (!std::is_same_v<Experts, Nf4Experts> && p.transposed)
+      add_adapter<!kAcross, T>(tile, shared, p, e, begin, count, at.n, C);
+    else
+      add_adapter<kAcross, T>(tile, shared, p, e, begin, count, at.n, C);
     tile.each([&](int, int, float& sum) LK_INLINE { sum *= p.scale; });
   }
   const Rows<T> u{p.u + begin * p.u_row, p.u_row, count, depth};
@@ -93,6 +103,7 @@ static bool stream_product(const GroupedProduct<bfloat16, Nf4Experts>& p, Stream
 
 template <typename T, typename Experts>
 void grouped_product(const GroupedProduct<T, Experts>& p, bool across, Stream stream) {
+  across = across != p.transposed;
   if (p.groups.S * (across ? p.K : p.N) == 0) return;
   if (!across && stream_product(p, stream)) return;
   if (across)
@@ -179,18 +190,14 @@ int64_t grouped_linear_bytes(const GroupedLinear<T, Experts, P>& p) {
   return pieces.bytes();
 }
 
-// A stack that lies as [E, K, N] is the transpose of one of N = K, K = N.
 template <typename T, typename Experts, typename P>
 void grouped_linear(const GroupedLinear<T, Experts, P>& p, void* workspace, Stream stream) {
   const Adapters<T> lora(p.lora);
   Pieces pieces(workspace);
   grouped_narrow<false>(pieces, narrow_of(p, p.h), stream);
-  GroupedProduct<T, Experts> product{
-      p.y, p.x, p.x_row, p.w, p.h, lora.b, lora.R, lora.scale, lora.low, {p.offsets, p.S, p.E}, p.N, p.K};
-  bool across = false;
-  if constexpr (!std::is_same_v<Experts, Nf4Experts>)
-    if (p.w.transposed) across = true, product.N = p.K, product.K = p.N;
-  grouped_product(product, across, stream);
+  const RowGroups groups{p.offsets, p.S, p.E};
+  grouped_product(GroupedProduct<T, Experts>(p.y, p.x, p.x_row, p.w, p.h, lora.b, lora, groups, p.N, p.K), false,
+                  stream);
 }
 
 #define LK_GROUPED(Experts, T, P)                                                      \

@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(kStreamThreads, kTiles == 1 ? 2 : 1)
 template <typename T, typename Term>
 void nf4_stream(const Nf4Linear<T>& p, const Term& term, Stream stream) {
   const auto kernel = p.M <= 16 ? nf4_stream_kernel<T, 1, Term> : nf4_stream_kernel<T, 2, Term>;
-  LK_LAUNCH(kernel, dim3(unsigned(ceil_div(p.w.N, kStreamRows))), kStreamThreads, 0, stream)(p, term);
+  LK_LAUNCH_AS("nf4_stream_kernel", kernel, dim3(unsigned(ceil_div(p.w.N, kStreamRows))), kStreamThreads, 0, stream)(
+      p, term);
   check_launch("nf4_stream_kernel");
 }
 

@@ -83,7 +83,7 @@ def rows(table, label, dtype, *, M, C, F, E, top_k, llama4=0):
     touched = min(E, M * top_k) + bool(llama4)
     bytes_read = touched * 3 * C * F * dtype.itemsize
     stack = sum(p.nbytes for p in ours.experts.parameters())
-    facts = {"nf4 is smaller": stack / sum(p.nbytes for p in nf4.experts.parameters())}
+    facts = {"smaller": stack / sum(p.nbytes for p in nf4.experts.parameters())}
     contestants = {"ours": ours, "ours NF4": nf4, "transformers": theirs}
     with torch.no_grad():
         few = x[:CHECKED]

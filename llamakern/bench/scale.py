@@ -8,6 +8,7 @@ from llamakern import ops
 from llamakern.bench.cases import DTYPES, Case
 from llamakern.bench.clock import Rotating, relative_error
 from llamakern.bench.models import random_nf4
+from llamakern.ops.nf4 import nf4_linear_reference
 from llamakern.ops.scale import scale_shift_reference
 
 CONTESTANTS = {"ours": ops.scale_shift, "x*scale+shift": scale_shift_reference}
@@ -50,18 +51,23 @@ def packed(N, K):
 
 
 def linear_rows(table, label, dtype, *, M, N, K):
-    weight = packed(N, K)
+    weight, few = packed(N, K), slice(0, 32)
     x, dy = torch.randn(M, K).to(dtype).requires_grad_(), torch.randn(M, N).to(dtype)
     bias = torch.zeros(N, requires_grad=True)
 
-    def step(variant):
-        scale = torch.ones(K if variant == "chat65b" else N, requires_grad=True)
-        knobs = VARIANTS[variant](scale, bias) if variant else {}
+    def step(knobs):
         leaves = [x, *knobs.values()]
         return lambda: torch.autograd.grad(ops.nf4_linear(x, **weight, **knobs), leaves, dy)
 
-    contestants = {variant or "without": step(variant) for variant in ("", *VARIANTS)}
-    table.row(f"{label} training", contestants, flops=4 * M * N * K, dtype=dtype)
+    for variant, knobs_of in VARIANTS.items():
+        scale = torch.rand(K if variant == "chat65b" else N, requires_grad=True)
+        knobs = knobs_of(scale, bias)
+        wide = {name: t.detach().double() for name, t in knobs.items()}
+        with torch.no_grad():
+            truth = nf4_linear_reference(x[few].double(), **weight, **wide)
+            error = relative_error(ops.nf4_linear(x[few], **weight, **knobs), truth)
+        contestants = {"ours": step(knobs), "without": step({})}
+        table.row(f"{label} {variant} training", contestants, flops=4 * M * N * K, error=error, dtype=dtype)
 
 
 CASES = (

@@ -69,7 +69,7 @@ def again(kept: list[Tensor | None], remake: Remake | None) -> Tensor:
 
 
 def keep_linear(ctx, x: Tensor, h: Tensor, *others: Tensor | None) -> None:
-    """What the backward of a linear with LoRA needs: h, its second output, which has no gradient, and all the others."""
+    """What the backward of a linear with LoRA needs: h, its second output, without a gradient, and the others."""
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)  # zeros for h would be made at each call
     kept, ctx.remake = keep(x)

@@ -22,7 +22,7 @@ from llamakern.peft.settings import HARMLESS, PLAIN_INITS
 
 STACKS = {"gate_up": ("gate_up_proj", "base_layer."), "down": ("down_proj", "")}
 PREFIX = "base_model.model."
-NAME = re.compile(r"(?:.*\.)?(?:layers\.(\d+)\.)?(?:mlp|feed_forward)\.experts\.(gate_up_proj|down_proj)")
+NAME = re.compile(r"(?:(?:.*\.)?layers\.(\d+)\.)?(?:(?:mlp|feed_forward)\.)?experts\.(gate_up_proj|down_proj)")
 KNOWN = {"r", "lora_alpha", "use_rslora", "target_parameters", "target_modules", "modules_to_save"}
 
 
@@ -65,7 +65,7 @@ def read(settings: Mapping) -> dict:
     pairs = {(match[1], match[2]) for match in found if match}
     if not all(found) or len(pairs) != 2 * len(layers) or (None in layers and len(layers) > 1):
         raise ValueError(
-            f"peft: target_parameters must name both gate_up_proj and down_proj of all experts or by layers, got {names}"
+            f"peft: target_parameters must name both gate_up_proj and down_proj, of all layers or of some, got {names}"
         )
     routers = settings.get("modules_to_save") or []
     if not set(routers) <= {"router", "feed_forward.router", "mlp.gate"}:

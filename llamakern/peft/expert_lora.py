@@ -28,8 +28,9 @@ class ExpertLoRAConfig(Method):
     layers      only those layers, counted from 0; None means all that have experts
     target_parameters    what PEFT calls the stacks; filled in for models that transformers has
 
-    Files are PEFT's, but where the routers train alone or transformers has no such model. An expert that receives no token is not trained: llamakern.gate names it. There is no dropout. ValueError for
-    a rank below 1, for a model without experts, and where nothing is left to train.
+    Files are PEFT's, but where the routers train alone or transformers has no such model. An expert that receives no
+    token is not trained: llamakern.gate names it. There is no dropout. ValueError for a rank below 1, for a model
+    without experts, and where nothing is left to train.
     """
 
     kind: ClassVar[str] = "experts"

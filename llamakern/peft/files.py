@@ -100,7 +100,7 @@ def folders(path: Path) -> Iterable[Path]:
 
 
 def read_folder(path: Path) -> list[tuple[Method, dict[str, Tensor]]]:
-    """A method's configuration and its tensors as they are stored; two where PEFT adapts linears and experts at once."""
+    """A method's configuration and its tensors as they are stored; two where PEFT adapts linears and experts."""
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
             raise FileNotFoundError(f"peft: path must hold {CONFIG} and {WEIGHTS}, got {path} without {file}")

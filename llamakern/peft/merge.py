@@ -1,6 +1,7 @@
 """Merging the active adapter into its base: W' and b' of every method around a linear, computed in float32.
 
 A module merges if it offers merged_weight() -> (N, K) and merged_bias() -> (N,) or None, both in float32, and `base`.
+Stacks of experts do so one expert at a time: merge_experts.py.
 """
 
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llamakern.nn import NF4Linear, quantize_
+from llamakern.moe import LoRAExperts
+from llamakern.nn import NF4Experts, NF4Linear, quantize_
 from llamakern.peft.base import frozen, replace
+from llamakern.peft.merge_experts import check_experts, format_of, merged_experts
 from llamakern.peft.switching import active, adapters, base_of, carried
 
 FORMS = ("float32", "bfloat16", "float16", "nf4")
@@ -17,7 +20,7 @@ SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
 def merge(model: nn.Module, to: str | None = None) -> nn.Module:
-    """The model itself with plain linears where those of the adapter stood, and no adapter left.
+    """The model itself with plain linears and experts where those of the adapter stood, and no adapter left.
 
     to: "float32", "bfloat16" or "float16" (f32, bf16, f16) makes the whole model dense in that dtype; "nf4" packs the
     merged linears, and all others but the head, with the block size and double quantisation of the base; None makes it
@@ -90,9 +93,16 @@ def merge_linears(model: nn.Module, to: str | None) -> tuple[str, dict[str, floa
     found = merging(model)
     dtype = next(model.parameters()).dtype if to in (None, "nf4") else getattr(torch, to)
     check(model, found, None if to == "nf4" else dtype)
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear | NF4Experts)]
     format = {"block_size": packed[0].block_size, "double_quant": packed[0].double_quant} if packed else {}
+    stacks = expert_stacks(model)
+    for name, module in stacks.items():
+        check_experts(name, module, None if to == "nf4" else dtype, format_of(module, format))
     rounding = {}
+    for name, module in stacks.items():
+        merged, errors = merged_experts(module, None if to == "nf4" else dtype, format_of(module, format))
+        rounding |= {f"{name}.{projection}": error for projection, error in errors.items()}
+        replace(model, name, merged)
     for name, module in found.items():
         weight, bias = module.merged_weight(), module.merged_bias()
         if to == "nf4":
@@ -111,6 +121,8 @@ def merge_linears(model: nn.Module, to: str | None) -> tuple[str, dict[str, floa
         for name, module in list(model.named_modules()):
             if isinstance(module, NF4Linear):
                 replace(model, name, dense(module.dequantize(), module.bias, dtype).train(module.training))
+            elif isinstance(module, NF4Experts):
+                replace(model, name, merged_experts(module, dtype, {})[0])
         for p in model.parameters():  # not buffers: transformers keeps rotary frequencies in one, in float32
             p.data = p.data.to(dtype)
         forget_packing(model)
@@ -132,6 +144,13 @@ def merging(model: nn.Module) -> dict[str, nn.Module]:
         return {}
     places = carried(model)[active(model)].places
     return {path: model.get_submodule(path) for path, _, module in places if hasattr(module, "merged_weight")}
+
+
+def expert_stacks(model: nn.Module) -> dict[str, LoRAExperts]:
+    """The adapters of experts that are active, by name."""
+    if active(model) is None:
+        return {}
+    return {path: m for path, _, m in carried(model)[active(model)].places if isinstance(m, LoRAExperts)}
 
 
 def check(model: nn.Module, found: dict[str, nn.Module], dtype: torch.dtype | None) -> None:

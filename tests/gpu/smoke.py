@@ -21,7 +21,8 @@ def rows(dtype):
     backward(ops.rms_norm(x, w, eps=1e-5), (x, w))
     backward(ops.rms_norm(x, w, eps=1e-5, residual=s)[0], (x, w, s))
     backward(ops.swiglu(gate, up), (gate, up))
-    backward(ops.scale_shift(x, w, w), (x, w))
+    scale, shift = made(torch.float32, (33,), (33,))
+    backward(ops.scale_shift(gate, scale, shift), (gate, scale, shift))
     (head,), labels = made(dtype, (150, 72)), torch.randint(0, 150, (37,))
     labels[::3] = -100
     backward(ops.linear_cross_entropy(x, head, labels), (x, head))
@@ -35,8 +36,12 @@ def attention(dtype):
     prompts = made(dtype, (10, 2, 40), (10, 2, 40)) + made(torch.float32, (4,))
     knobs = dict(zip(("prompt_k", "prompt_v", "prompt_gate"), prompts, strict=True))
     backward(ops.attention(*qkv, **knobs), (*qkv, *prompts))
-    excitor = made(dtype, (2, 37, 24), (2, 37, 2, 40), (5, 24), (80, 5), (10, 2, 40), (2,))
-    backward(ops.excitor_keys(*excitor), excitor)
+    x, *learned = made(dtype, (2, 37, 24)) + made(torch.float32, (5, 24), (80, 5), (40, 2, 40), (2,))
+    for switch in ({}, {"extra_rope": "both", "prompt_attention": "full_width"}):
+        y = ops.excitor_keys(x, k, *learned, cos=angle.cos(), sin=angle.sin(), **switch)
+        backward(y, (x, k, *learned))
+    with torch.no_grad():
+        ops.excitor_keys(x[:, :1], k[:, :1], *learned)
     lengths = torch.tensor([37, 5], dtype=torch.int32)
     with torch.no_grad():
         ops.cache_append_(k.detach(), v.detach(), k[:, :1], v[:, :1], lengths)
@@ -57,16 +62,19 @@ def linears(dtype):
         backward(ops.lora_linear(x, w, a, b, scale=0.5), (x, w, a, b))
 
 
-def experts(dtype, M=37, E=4, C=64, F=64, R=3):
-    x, up, down = made(dtype, (M, C), (E, 2 * F, C), (E, C, F), scale=0.1)
-    lora = made(dtype, (E, R, C), (E, 2 * F, R), (E, R, F), (E, C, R), scale=0.1)
+def experts(dtype, M=300, E=40, C=64, F=32, R=5):
+    x, up, down = made(dtype, (M, C), (E, 2 * F, C), (E, C, F))
+    lora = made(dtype, (E, R, C), (E, 2 * F, R), (E, R, F), (E, C, R))
     (logits,) = made(torch.float32, (M, E))
-    weights, chosen = ops.moe_route(logits, top_k=2)
-    backward(ops.moe_mlp(x, weights, chosen, up, down, lora=lora, scale=0.5), (x, logits, up, down, *lora))
-    packed = [ops.nf4_quantize(w.detach().flatten(0, 1)) for w in (up, down)]
-    stacks, absmax = zip(*([t.view(E, -1, t.shape[-1]) for t in pair] for pair in packed), strict=True)
-    weights, chosen = ops.moe_route(logits, top_k=2)
-    backward(ops.moe_mlp(x, weights, chosen, *stacks, absmax=absmax, lora=lora, scale=0.5), (x, logits, *lora))
+    for top_k in (1, 9):  # pairs that one block sorts, and several
+        weights, chosen = ops.moe_route(logits, top_k=top_k, renormalize=top_k > 1)
+        y = ops.moe_mlp(x, weights, chosen, up, down, lora=lora, scale_input=top_k == 1)
+        backward(y, (x, logits, up, down, *lora))
+    packed, absmax = (torch.stack(t) for t in zip(*map(ops.nf4_quantize, up.detach()), strict=True))
+    for counts in (torch.arange(E) % 3, torch.full((E,), 7)):  # streamed, and by tiles
+        offsets = torch.cat((counts[:1] * 0, counts.cumsum(0))).int()
+        (x,) = made(dtype, (int(counts.sum()), C))
+        backward(ops.nf4_grouped_linear(x, packed, absmax, offsets, lora_a=lora[0], lora_b=lora[1]), (x, *lora[:2]))
 
 
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
