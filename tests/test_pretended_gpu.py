@@ -89,13 +89,27 @@ def test_training_step_does_not_wait(method):
         assert all(torch.equal(a.held, b.held) for a, b in zip(step(), want, strict=True))
 
 
-def test_smoke_runs(capsys):
+ON_CPUS_ONLY = {"large_pages_", "nf4_block_decode_"}
+
+
+def test_smoke_calls_every_op(capsys, monkeypatch):
+    """What compute-sanitizer watches on a GPU."""
+    called, dispatch = set(), pretended_gpu.dispatch
+
+    def noting(op, args, kwargs):
+        called.add(op.name().partition(".")[0])
+        return dispatch(op, args, kwargs)
+
+    monkeypatch.setattr(pretended_gpu, "dispatch", noting)
     torch.set_default_device("cuda")
     try:
         runpy.run_path(str(Path(__file__).parent / "gpu/smoke.py"))
     finally:
         torch.set_default_device("cpu")
     assert "every op ran" in capsys.readouterr().out
+    known = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("llamakern::")}
+    missing = {n.removeprefix("llamakern::").lstrip("_") for n in known} - ON_CPUS_ONLY
+    assert missing - {n.removeprefix("llamakern::").lstrip("_") for n in called} == set()
 
 
 def bench(tmp_path, *words):

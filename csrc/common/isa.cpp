@@ -18,7 +18,7 @@ const char* isa_name(Isa isa) {
   }
 }
 
-static bool built(Isa isa) {
+[[maybe_unused]] static bool built([[maybe_unused]] Isa isa) {
 #ifdef LK_ISAS
   const std::string all = "," LK_ISAS ",";
   return all.find(std::string(",") + isa_name(isa) + ",") != std::string::npos;
