@@ -247,14 +247,6 @@ struct PassBlock {
     cp_async_commit();
   }
 
-  // Whether prompts weigh so much in y that its rounding hides what the words' delta is made of.
-  LK_DEVICE bool drowned() const {
-    const float* const gates = sizeof(T) == 2 ? in().prompts.gate : nullptr;
-    bool some = false;
-    for (int g = 0; gates && g < G(); ++g) some = some || fabsf(gates[tile.kv * G() + g]) > 1.0f;
-    return some;
-  }
-
   // delta = Σ p dp by a pass over the keys. Over prompts Σ p becomes 1: lse was rounded, and p with it.
   LK_DEVICE void sum_deltas(int low, int high) {
     float delta[2] = {}, total[2] = {};
@@ -377,7 +369,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     block.load_columns(0, low);
   }
   if constexpr (kOwnsQueries) {
-    if (task.exact || block.drowned()) block.sum_deltas(low, high);
+    if (task.exact || drowned(task.operands, tile.kv)) block.sum_deltas(low, high);
   }
   for (int at = low, stage = 0; at < high; at += kN, stage ^= 1) {
     cp_async_wait<0>();

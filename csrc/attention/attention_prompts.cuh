@@ -21,6 +21,16 @@ struct Added {
   }
 };
 
+// Whether prompts weigh so much in y that its rounding hides what the words' delta is made of.
+template <typename T>
+LK_DEVICE bool drowned(const Operands<T>& o, int kv) {
+  const float* const gates = sizeof(T) == 2 ? o.in.prompts.gate : nullptr;
+  const int G = int(o.group.d);
+  bool some = false;
+  for (int g = 0; gates && g < G; ++g) some = some || fabsf(gates[kv * G + g]) > 1.0f;
+  return some;
+}
+
 // The queries over the prompts. Packed sequences are one batch row here: all see the same prompts.
 template <typename T>
 Attended<T> over_prompts(Attended<T> in) {
