@@ -207,6 +207,18 @@ def test_float32_adapter_beside_16_bits(base, narrow, isa):
     check_against_reference(op, reference, (*inputs, *adapters), FLOOR[narrow])
 
 
+def test_float32_adapter_keeps_its_precision(isa):
+    """A GPU takes its numbers, and h and g beside them, as two of 16 bits; a CPU may as one."""
+    op, reference, (x, a, b, w) = make_linear("dense", [20, 0, 13], 40, 64, 5, torch.float32)
+    inputs = (x, a, b, torch.zeros_like(w))
+    ours, truth = outputs_and_gradients(op, inputs), outputs_and_gradients(reference, inputs, wide=True)
+    gpu = isa.startswith("cuda")
+    for name in ("out0", "d0"):
+        assert (ours[name] == truth[name].bfloat16()).float().mean() > (0.95 if gpu else 0.2)
+    for name in ("d1", "d2"):
+        assert (ours[name] - truth[name]).abs().max() < (1e-4 if gpu else 1e-2) * truth[name].abs().max()
+
+
 def test_float16_between_x_and_y():
     """gate·up is beyond float16, y is not."""
     x = torch.full((9, 64), 8.0).half().requires_grad_()
