@@ -4,7 +4,8 @@ VENV   := .venv/bin
 READY  := .venv/.ready
 ROOMS  := $(notdir $(patsubst %/,%,$(filter-out csrc/common/,$(wildcard csrc/*/))))
 
-.PHONY: env build demo test compat lint format bench bench-models sanitize cuda-host cuda-check neon profile clean
+.PHONY: env build demo test cpu-tests compat lint format bench bench-models sanitize sanitize-widest sanitize-others \
+  cuda-host cuda-host-build cuda-host-tests cuda-check neon profile clean
 .DEFAULT_GOAL := test
 
 env: $(READY) build
@@ -24,10 +25,15 @@ build: $(READY)
 demo: env
 	$(VENV)/python -m llamakern demo
 
-# Passive waiting: on a busy machine a thread that spins at a barrier keeps the one it waits for from running.
-test: env
+# Both suites side by side, each on half of the cores. Passive waiting: on a busy machine a thread that spins at a barrier
+# keeps the one it waits for from running.
+HALF := $(shell n=$$(nproc 2> /dev/null || echo 2); echo $$((n > 1 ? n / 2 : 1)))
+test: env cuda-host-build
+	$(MAKE) --no-print-directory -j2 --output-sync=line OMP_NUM_THREADS=$(HALF) HOST_CUDA_THREADS=$(HALF) \
+	  cpu-tests cuda-host-tests
+
+cpu-tests:
 	OMP_WAIT_POLICY=passive $(VENV)/pytest
-	$(MAKE) --no-print-directory cuda-host
 
 # The tests of patch against each transformers named, laid over .venv: make compat COMPAT=5.6.2 for one.
 COMPAT ?= 4.57.6 5.0.0 5.6.2 5.17.0
@@ -67,26 +73,40 @@ bench-models: env
 	$(VENV)/python benchmarks/bench_train.py --method qlora --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method lora --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method adapter --json $(RESULTS) --plot
+	$(VENV)/python benchmarks/bench_train.py --method excitor --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_train.py --method qlora --curve --json $(RESULTS) --plot
 	$(VENV)/python benchmarks/bench_transformers.py --json $(RESULTS)/transformers.json
 	$(VENV)/python benchmarks/report.py $(RESULTS) > $(RESULTS)/README.md
 
 # The room tests on a build with the address and undefined-behaviour sanitizers. SANITIZE_TESTS=tests/test_rope.py for some
-# files, SANITIZE_ONLY=f32 for some tests of each.
+# files, SANITIZE_ONLY=f32 for some tests of each. The narrowest and the widest instruction set, side by side: they
+# hold every line of the kernels.
 SANITIZE_ONLY ?= test
 SANITIZE_TESTS ?= $(ROOMS:%=tests/test_%.py)
+WIDEST := $(shell grep -q avx512_bf16 /proc/cpuinfo && echo avx512bf16 || echo avx512)
+SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitize $(VENV)/pytest -x -p no:cacheprovider
 sanitize: $(READY)
 	LLAMAKERN_SANITIZE=address,undefined LLAMAKERN_BUILD_NAME=cmake-sanitize \
-	  $(VENV)/python setup.py -q build --build-lib build/sanitize
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/sanitize $(VENV)/pytest -x -p no:cacheprovider -k '$(SANITIZE_ONLY)' $(SANITIZE_TESTS)
+	  $(if $(findstring x86,$(shell uname -m)),LLAMAKERN_ISAS='avx2;$(WIDEST)') $(VENV)/python setup.py -q build --build-lib build/sanitize
+	$(MAKE) --no-print-directory -j2 --output-sync=line OMP_NUM_THREADS=$(HALF) sanitize-widest sanitize-others
+sanitize-widest:
+	$(SANITIZED) -k '($(SANITIZE_ONLY)) and $(WIDEST)' $(SANITIZE_TESTS) || [ $$? = 5 ]  # 5: none of that name
+sanitize-others:
+	$(SANITIZED) -k '($(SANITIZE_ONLY)) and not $(WIDEST)' $(SANITIZE_TESTS)
 
 # The CUDA kernels on the CPU, under the checks of host_cuda/: the room tests on a build that has no other kernels.
+# make cuda-host CUDA_MARKS=large CUDA_TESTS=tests/test_nf4_limits.py runs what is too much work for every day.
+CUDA_MARKS ?= not large and not slow
 CUDA_ROOMS ?= $(patsubst csrc/%/,%,$(sort $(dir $(wildcard csrc/*/*_cuda.cu))))
-CUDA_TESTS = $(CUDA_ROOMS:%=tests/test_%.py) $(wildcard $(CUDA_ROOMS:%=tests/test_%_limits.py) $(CUDA_ROOMS:%=tests/test_%_rows.py))
-cuda-host: $(READY)
+CUDA_TESTS ?= $(CUDA_ROOMS:%=tests/test_%.py) $(wildcard $(foreach part,decode limits prompts rows,$(CUDA_ROOMS:%=tests/test_%_$(part).py)))
+cuda-host: cuda-host-build cuda-host-tests
+cuda-host-build: $(READY)
 	LLAMAKERN_HOST_CUDA=ON LLAMAKERN_BUILD_NAME=cmake-cuda-host $(VENV)/python setup.py -q build --build-lib build/cuda-host
-	PYTHONPATH=build/cuda-host HOST_CUDA_THREADS=2 OMP_WAIT_POLICY=passive $(VENV)/pytest -x -p no:cacheprovider -m "not large and not slow" $(CUDA_TESTS)
+HOST_CUDA_THREADS ?= 2
+cuda-host-tests:
+	PYTHONPATH=build/cuda-host HOST_CUDA_THREADS=$(HOST_CUDA_THREADS) OMP_WAIT_POLICY=passive $(VENV)/pytest -x -p no:cacheprovider \
+	  -m "$(CUDA_MARKS)" $(CUDA_TESTS)
 
 # What every CUDA kernel takes of a GPU, by nvcc: an error where one spills without a written reason.
 cuda-check:

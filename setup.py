@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -24,13 +25,18 @@ def find_torch() -> Path:
     spec = importlib.util.find_spec("torch")
     places = [os.environ.get("LLAMAKERN_TORCH_DIR"), *(spec.submodule_search_locations if spec else ())]
     places += [Path(sysconfig.get_paths()[key]) / "torch" for key in ("platlib", "purelib")]
-    for place in places:
-        if place and (Path(place) / "include/torch/csrc/stable/library.h").exists():
-            return Path(place)
-    raise SystemExit(
-        "llamakern: building needs torch >= 2.10 installed first (pip install torch), "
-        "or LLAMAKERN_TORCH_DIR set to its folder .../site-packages/torch"
-    )
+    found = next((Path(place) for place in places if place and (Path(place) / "version.py").exists()), None)
+    if found is None:
+        raise SystemExit(
+            "llamakern: building needs torch >= 2.11 installed first (pip install torch), "
+            "or LLAMAKERN_TORCH_DIR set to its folder .../site-packages/torch"
+        )
+    version = re.search(r"__version__ = '(\d+)\.(\d+)([^']*)'", (found / "version.py").read_text(encoding="utf-8"))
+    if version and (int(version[1]), int(version[2])) < (2, 11):
+        raise SystemExit(
+            f"llamakern: torch must be 2.11 or later, got {version[1]}.{version[2]}{version[3]} in {found}"
+        )
+    return found
 
 
 def cuda_options() -> list[str]:
@@ -62,13 +68,14 @@ class CMakeBuild(build_ext):
         on_host = os.environ.get("LLAMAKERN_HOST_CUDA", "OFF")
         cuda = [] if on_host == "ON" else cuda_options()
         kind = "-cuda" if "-DLLAMAKERN_CUDA=ON" in cuda else ""
+        isas = [f"-DLLAMAKERN_ISAS={os.environ['LLAMAKERN_ISAS']}"] if "LLAMAKERN_ISAS" in os.environ else []
         name = os.environ.get("LLAMAKERN_BUILD_NAME", f"cmake-{sys.implementation.cache_tag}{kind}")
         build = ROOT / "build" / name
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DLLAMAKERN_TORCH_DIR={find_torch()}",
              f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
              f"-DLLAMAKERN_SANITIZE={os.environ.get('LLAMAKERN_SANITIZE', '')}",
-             f"-DLLAMAKERN_HOST_CUDA={on_host}", *cuda],
+             f"-DLLAMAKERN_HOST_CUDA={on_host}", *isas, *cuda],
             check=True,
         )  # fmt: skip
         subprocess.run(["cmake", "--build", build], check=True)

@@ -96,6 +96,7 @@ TARGETS = [
     Target("train_lora", f"lora {TRAIN}", "times", 2.5, PEFT),
     Target("train_adapter", f"adapter {TRAIN}", "times", 2.0, PEFT[:2]),
     Target("train_adapter", f"adapter {TRAIN}", "times", 1 / 1.02, ("without the method",)),
+    Target("train_excitor", f"excitor {TRAIN}", "times", 1 / 1.04, ("without the method",)),
     Target("train_llama3-8b", LARGE, "loading_mb", 6 * 1024),
     Target("train_llama3-8b", LARGE, "memory_mb", 8 * 1024),
 ]

@@ -243,11 +243,10 @@ SixTensors backward(const Door& door, const Call& call, const Tensor& dy, const 
     check_same_dtype(op, name, *t, door.q, q);
     check_same_device(op, name, *t, door.q, q);
   }
-  check_shape(op, "lse", lse, {B, H, T_});
-  check_dtype(op, "lse", lse, ScalarType::Float);
-  if (dlse) {
-    check_shape(op, "dlse", *dlse, {B, H, T_});
-    check_dtype(op, "dlse", *dlse, ScalarType::Float);
+  for (const auto& [name, t] : {std::pair{"lse", &lse}, {"dlse", dlse ? &*dlse : &lse}}) {
+    check_shape(op, name, *t, {B, H, T_});
+    check_dtype(op, name, *t, ScalarType::Float);
+    check_same_device(op, name, *t, door.q, q);
   }
   const Tensor dy_ = inner_contiguous(dy), y_ = inner_contiguous(y), lse_ = as_contiguous(lse);
   const MaybeTensor dlse_ = dlse ? MaybeTensor(as_contiguous(*dlse)) : std::nullopt;

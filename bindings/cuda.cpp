@@ -17,7 +17,7 @@ cuda::Stream current_cuda_stream(int32_t device) {
   if (!find)
     throw std::runtime_error("llamakern: this torch has no CUDA; install a CUDA build of torch for GPU tensors");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(find(device, &stream));
+  TORCH_ERROR_CODE_CHECK(find(device, &stream));
   return stream;
 }
 

@@ -12,9 +12,11 @@ struct Group {
   Tensor offsets;  // int32 (E + 1,), rising from 0 to S
   int64_t E;
 
-  Group(const char* op, const Tensor& offsets_, int64_t E, int64_t S) : offsets(as_contiguous(offsets_)), E(E) {
+  Group(const char* op, const Tensor& offsets_, int64_t E, int64_t S, const Tensor& x)
+      : offsets(as_contiguous(offsets_)), E(E) {
     check_shape(op, "offsets", offsets, {E + 1});
     check_dtype(op, "offsets", offsets, ScalarType::Int);
+    check_same_device(op, "offsets", offsets, "x", x);
     if (!readable(offsets)) return;
     const int32_t* o = cptr<int32_t>(offsets);
     bool rises = o[0] == 0 && o[E] == S;
@@ -53,8 +55,8 @@ struct DenseStack {
   int64_t E, N, K;
   bool transposed;
 
-  // A stack that lies as (E, K, N) is read as it lies; on a GPU not with an adapter beside it.
-  DenseStack(const char* op, const Tensor& w_, const Tensor& x, bool lora) : w(w_) {
+  // A stack that lies as (E, K, N) is read as it lies.
+  DenseStack(const char* op, const Tensor& w_, const Tensor& x) : w(w_) {
     check(w.dim() == 3, op, ": w must have shape (E, N, K), got ", shape_text(w.sizes()));
     E = w.size(0);
     N = w.size(1);
@@ -62,13 +64,15 @@ struct DenseStack {
     const bool half = w.scalar_type() == ScalarType::Half && x.scalar_type() == ScalarType::Float;
     if (!half) check_same_dtype(op, "w", w, "x", x);
     check_same_device(op, "w", w, "x", x);
-    transposed =
-        !(lora && x.is_cuda()) && !w.is_contiguous() && w.stride(1) == 1 && w.stride(2) == N && w.stride(0) == N * K;
+    transposed = !w.is_contiguous() && w.stride(1) == 1 && w.stride(2) == N && w.stride(0) == N * K;
     if (!transposed) w = as_contiguous(w);
   }
-  template <typename V>
-  DenseExperts<V> get() const {
-    return {cptr<V>(w), transposed};
+  // fn(the experts as the kernels of T take them)
+  template <typename T, typename Fn>
+  void with(const Fn& fn) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (w.scalar_type() == ScalarType::Half) return fn(DenseExperts<float16>{cptr<float16>(w), transposed});
+    fn(DenseExperts<T>{cptr<T>(w), transposed});
   }
 };
 
@@ -98,10 +102,13 @@ struct Nf4Stack {
       check_shape(op, "absmax_offset", *offset_, {E});
       check_dtype(op, "absmax_scale", *scale_, ScalarType::Float);
       check_dtype(op, "absmax_offset", *offset_, ScalarType::Float);
+      check_same_device(op, "absmax_scale", *scale_, "x", x);
+      check_same_device(op, "absmax_offset", *offset_, "x", x);
       scale = as_contiguous(*scale_);
       offset = as_contiguous(*offset_);
     }
     check_same_device(op, "weight", weight, "x", x);
+    check_same_device(op, "absmax", absmax, "x", x);
     experts.first = {.codes = cptr<uint8_t>(codes),
                      .absmax = scale ? nullptr : cptr<float>(absmax),
                      .absmax_codes = scale ? cptr<uint8_t>(absmax) : nullptr,
@@ -110,6 +117,10 @@ struct Nf4Stack {
                      .N = N,
                      .K = K,
                      .block_shift = __builtin_ctzll(uint64_t(block_size))};
+  }
+  template <typename T, typename Fn>
+  void with(const Fn& fn) const {
+    fn(experts);
   }
 };
 
@@ -124,114 +135,95 @@ void dispatch_pair(const char* op, const char* name, const Tensor& x, const Stac
   });
 }
 
-template <typename T, typename Experts, typename P>
-void forward(const Tensor& y, const Tensor& h, const Rows& x, const Group& group, const Experts& w, const Stacked& lora,
-             int64_t N, int64_t K) {
-  run(GroupedLinear<T, Experts, P>{.y = ptr<T>(y),
-                                   .h = ptr<float>(h),
-                                   .x = cptr<T>(x.t),
-                                   .x_row = x.stride,
-                                   .offsets = group.get(),
-                                   .w = w,
-                                   .lora = lora.get<P>(),
-                                   .S = x.M,
-                                   .E = group.E,
-                                   .N = N,
-                                   .K = K},
-      x.t);
-}
-
-Two grouped_linear(const Tensor& x_, const Tensor& w_, const Tensor& offsets, MaybeTensor lora_a, MaybeTensor lora_b,
-                   double scale) {
-  const char* op = "grouped_linear";
-  const DenseStack w(op, w_, x_, lora_a.has_value());
+template <typename Stack>
+Two forward(const char* op, const Stack& w, const Tensor& x_, const Tensor& offsets, const MaybeTensor& lora_a,
+            const MaybeTensor& lora_b, double scale) {
   check(x_.dim() == 2 && x_.size(1) == w.K, op, ": x must have shape (S, ", w.K, "), got ", shape_text(x_.sizes()));
   const Rows x = as_rows(x_);
-  const Group group(op, offsets, w.E, x.M);
+  const Group group(op, offsets, w.E, x.M, x_);
   const Stacked lora(op, lora_a, lora_b, scale, w.E, w.N, w.K, x_);
   const Tensor y = empty({x.M, w.N}, x_.scalar_type(), x_), h = empty({x.M, lora.R}, ScalarType::Float, x_);
   dispatch_pair(op, "x", x_, lora, [&]<typename T, typename P>() {
-    if constexpr (std::is_same_v<T, float>)
-      if (w.w.scalar_type() == ScalarType::Half)
-        return forward<float, DenseExperts<float16>, float>(y, h, x, group, w.get<float16>(), lora, w.N, w.K);
-    forward<T, DenseExperts<T>, P>(y, h, x, group, w.get<T>(), lora, w.N, w.K);
+    w.template with<T>([&]<typename Experts>(const Experts& experts) {
+      run(GroupedLinear<T, Experts, P>{.y = ptr<T>(y),
+                                       .h = ptr<float>(h),
+                                       .x = cptr<T>(x.t),
+                                       .x_row = x.stride,
+                                       .offsets = group.get(),
+                                       .w = experts,
+                                       .lora = lora.get<P>(),
+                                       .S = x.M,
+                                       .E = w.E,
+                                       .N = w.N,
+                                       .K = w.K},
+          x_);
+    });
   });
   return {y, h};
 }
 
-Two nf4_grouped_linear(const Tensor& x_, const Tensor& weight, const Tensor& absmax, const Tensor& offsets,
+Two grouped_linear(const Tensor& x, const Tensor& w, const Tensor& offsets, MaybeTensor lora_a, MaybeTensor lora_b,
+                   double scale) {
+  const char* op = "grouped_linear";
+  return forward(op, DenseStack(op, w, x), x, offsets, lora_a, lora_b, scale);
+}
+
+Two nf4_grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& absmax, const Tensor& offsets,
                        MaybeTensor lora_a, MaybeTensor lora_b, MaybeTensor absmax_scale, MaybeTensor absmax_offset,
                        double scale, int64_t block_size) {
   const char* op = "nf4_grouped_linear";
-  const Nf4Stack w(op, weight, absmax, absmax_scale, absmax_offset, block_size, x_);
-  check(x_.dim() == 2 && x_.size(1) == w.K, op, ": x must have shape (S, ", w.K, "), got ", shape_text(x_.sizes()));
-  const Rows x = as_rows(x_);
-  const Group group(op, offsets, w.E, x.M);
-  const Stacked lora(op, lora_a, lora_b, scale, w.E, w.N, w.K, x_);
-  const Tensor y = empty({x.M, w.N}, x_.scalar_type(), x_), h = empty({x.M, lora.R}, ScalarType::Float, x_);
-  dispatch_pair(op, "x", x_, lora, [&]<typename T, typename P>() {
-    forward<T, Nf4Experts, P>(y, h, x, group, w.experts, lora, w.N, w.K);
-  });
-  return {y, h};
+  const Nf4Stack w(op, weight, absmax, absmax_scale, absmax_offset, block_size, x);
+  return forward(op, w, x, offsets, lora_a, lora_b, scale);
 }
 
-struct Gradients {
-  Rows dy, x;
-  Tensor h, dx, da, db;
-  bool want_dx;
+template <typename Stack>
+Three backward(const char* op, const Stack& w, const Tensor& dy_, const Tensor& x_, const Tensor& offsets,
+               const MaybeTensor& lora_a, const MaybeTensor& lora_b, const Tensor& h_, double scale, bool want_dx) {
+  const int64_t E = w.E, N = w.N, K = w.K;
+  const Rows x = matrix(op, "x", x_, -1), dy = matrix(op, "dy", dy_, x.M);
+  check(dy_.size(1) == N, op, ": dy must have ", N, " columns, got ", shape_text(dy_.sizes()));
+  check(x_.size(1) == K, op, ": x must have ", K, " columns, got ", shape_text(x_.sizes()));
+  check_same_dtype(op, "dy", dy_, "x", x_);
+  check_same_device(op, "dy", dy_, "x", x_);
+  const Group group(op, offsets, E, x.M, x_);
+  const Stacked lora(op, lora_a, lora_b, scale, E, N, K, x_);
+  const int64_t R = lora.R;
+  check_shape(op, "h", h_, {x.M, R});
+  check_dtype(op, "h", h_, ScalarType::Float);
+  check_same_device(op, "h", h_, "x", x_);
+  const Tensor h = as_contiguous(h_);
+  const Tensor dx = want_dx ? empty({x.M, K}, x_.scalar_type(), x_) : empty({0}, x_.scalar_type(), x_);
+  const Tensor da = empty({R ? E : 0, R, K}, lora.a.scalar_type(), x_),
+               db = empty({R ? E : 0, N, R}, lora.a.scalar_type(), x_);
+  if (!want_dx && !R) return {dx, da, db};
+  dispatch_pair(op, "x", x_, lora, [&]<typename T, typename P>() {
+    w.template with<T>([&]<typename Experts>(const Experts& experts) {
+      run(GroupedLinearBackward<T, Experts, P>{.dx = want_dx ? ptr<T>(dx) : nullptr,
+                                               .da = R ? ptr<P>(da) : nullptr,
+                                               .db = R ? ptr<P>(db) : nullptr,
+                                               .dy = cptr<T>(dy.t),
+                                               .x = cptr<T>(x.t),
+                                               .dy_row = dy.stride,
+                                               .x_row = x.stride,
+                                               .h = cptr<float>(h),
+                                               .offsets = group.get(),
+                                               .w = experts,
+                                               .lora = lora.get<P>(),
+                                               .S = x.M,
+                                               .E = E,
+                                               .N = N,
+                                               .K = K},
+          x_);
+    });
+  });
+  return {dx, da, db};
+}
 
-  Gradients(const char* op, const Tensor& dy_, const Tensor& x_, const Tensor& h_, const Stacked& lora, int64_t E,
-            int64_t N, int64_t K, bool want_dx)
-      : dy(matrix(op, "dy", dy_, x_.size(0))),
-        x(matrix(op, "x", x_, -1)),
-        h(as_contiguous(h_)),
-        dx(want_dx ? empty({x.M, K}, x_.scalar_type(), x_) : empty({0}, x_.scalar_type(), x_)),
-        da(empty({lora.R ? E : 0, lora.R, K}, lora.a.scalar_type(), x_)),
-        db(empty({lora.R ? E : 0, N, lora.R}, lora.a.scalar_type(), x_)),
-        want_dx(want_dx) {
-    check(dy_.size(1) == N, op, ": dy must have ", N, " columns, got ", shape_text(dy_.sizes()));
-    check(x_.size(1) == K, op, ": x must have ", K, " columns, got ", shape_text(x_.sizes()));
-    check_same_dtype(op, "dy", dy_, "x", x_);
-    check_shape(op, "h", h_, {x.M, lora.R});
-    check_dtype(op, "h", h_, ScalarType::Float);
-  }
-
-  template <typename T, typename Experts, typename P>
-  void go(const Group& group, const Experts& w, const Stacked& lora, int64_t N, int64_t K) const {
-    if (!want_dx && !lora.R) return;
-    run(GroupedLinearBackward<T, Experts, P>{.dx = want_dx ? ptr<T>(dx) : nullptr,
-                                             .da = lora.R ? ptr<P>(da) : nullptr,
-                                             .db = lora.R ? ptr<P>(db) : nullptr,
-                                             .dy = cptr<T>(dy.t),
-                                             .x = cptr<T>(x.t),
-                                             .dy_row = dy.stride,
-                                             .x_row = x.stride,
-                                             .h = cptr<float>(h),
-                                             .offsets = group.get(),
-                                             .w = w,
-                                             .lora = lora.get<P>(),
-                                             .S = x.M,
-                                             .E = group.E,
-                                             .N = N,
-                                             .K = K},
-        dy.t);
-  }
-};
-
-Three grouped_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w_, const Tensor& offsets,
+Three grouped_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, const Tensor& offsets,
                               MaybeTensor lora_a, MaybeTensor lora_b, const Tensor& h, double scale, bool want_dx) {
   const char* op = "grouped_linear_backward";
-  const DenseStack w(op, w_, x, lora_a.has_value());
-  const Stacked lora(op, lora_a, lora_b, scale, w.E, w.N, w.K, x);
-  const Gradients out(op, dy, x, h, lora, w.E, w.N, w.K, want_dx);
-  const Group group(op, offsets, w.E, x.size(0));
-  dispatch_pair(op, "x", x, lora, [&]<typename T, typename P>() {
-    if constexpr (std::is_same_v<T, float>)
-      if (w.w.scalar_type() == ScalarType::Half)
-        return out.go<float, DenseExperts<float16>, float>(group, w.get<float16>(), lora, w.N, w.K);
-    out.go<T, DenseExperts<T>, P>(group, w.get<T>(), lora, w.N, w.K);
-  });
-  return {out.dx, out.da, out.db};
+  const DenseStack stack(op, w, x);
+  return backward(op, stack, dy, x, offsets, lora_a, lora_b, h, scale, want_dx);
 }
 
 Three nf4_grouped_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& absmax,
@@ -240,12 +232,7 @@ Three nf4_grouped_linear_backward(const Tensor& dy, const Tensor& x, const Tenso
                                   bool want_dx) {
   const char* op = "nf4_grouped_linear_backward";
   const Nf4Stack w(op, weight, absmax, absmax_scale, absmax_offset, block_size, x);
-  const Stacked lora(op, lora_a, lora_b, scale, w.E, w.N, w.K, x);
-  const Gradients out(op, dy, x, h, lora, w.E, w.N, w.K, want_dx);
-  const Group group(op, offsets, w.E, x.size(0));
-  dispatch_pair(op, "x", x, lora,
-                [&]<typename T, typename P>() { out.go<T, Nf4Experts, P>(group, w.experts, lora, w.N, w.K); });
-  return {out.dx, out.da, out.db};
+  return backward(op, w, dy, x, offsets, lora_a, lora_b, h, scale, want_dx);
 }
 
 Tensor grouped_weight_gradient(const Tensor& dy_, const Tensor& x_, const Tensor& offsets, ScalarType dtype) {
@@ -253,7 +240,8 @@ Tensor grouped_weight_gradient(const Tensor& dy_, const Tensor& x_, const Tensor
   const Rows dy = matrix(op, "dy", dy_, x_.size(0)), x = matrix(op, "x", x_, -1);
   check_same_dtype(op, "dy", dy_, "x", x_);
   const int64_t E = offsets.numel() - 1, N = dy_.size(1), K = x_.size(1);
-  const Group group(op, offsets, E, x.M);
+  const Group group(op, offsets, E, x.M, x_);
+  check_same_device(op, "dy", dy_, "x", x_);
   const Tensor dw = empty({E, N, K}, dtype, x_);
   const auto go = [&]<typename T, typename V>() {
     run(GroupedWeightGradient<T, V>{.dw = ptr<V>(dw),

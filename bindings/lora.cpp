@@ -57,11 +57,13 @@ Two lora_linear(MaybeTensor base_, const Tensor& x_, const Tensor& w_, const Ten
   const int64_t N = w_.size(0), K = w_.size(1);
   const Rows x = rows_of(op, "x", "K", x_, K);
   check_same_dtype(op, "w", w_, "x", x_);
+  check_same_device(op, "w", w_, "x", x_);
   const Tensor w = as_contiguous(w_);
   const MaybeTensor bias = parameter(op, "bias", bias_, {N}, x_);
   MaybeTensor base;
   if (base_) {
     check_same_dtype(op, "base", *base_, "x", x_);
+    check_same_device(op, "base", *base_, "x", x_);
     base = as_contiguous(*base_);
     check(base->numel() == x.M * N, op, ": base must have shape (..., N) like x, got ", shape_text(base->sizes()));
   }
@@ -114,6 +116,8 @@ Three backward(const char* op, const Tensor& dy_, const Tensor& x_, const Tensor
                int64_t K, bool want_dx, const Go& go) {
   const Rows dy = rows_of(op, "dy", "N", dy_, N), x = rows_of(op, "x", "K", x_, K);
   check_same_dtype(op, "x", x_, "dy", dy_);
+  check_same_device(op, "x", x_, "dy", dy_);
+  check_same_device(op, "h", h_, "dy", dy_);
   check(dy.M == x.M, op, ": x must have the ", dy.M, " rows of dy, got ", shape_text(x_.sizes()));
   check_shape(op, "h", h_, {x.M, adapter.R});
   check_dtype(op, "h", h_, ScalarType::Float);
@@ -143,6 +147,7 @@ Three lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w_, 
   const char* op = "lora_linear_backward";
   check(w_.dim() == 2, op, ": w must have shape (N, K), got ", shape_text(w_.sizes()));
   check_same_dtype(op, "w", w_, "dy", dy);
+  check_same_device(op, "w", w_, "dy", dy);
   const Tensor w = as_contiguous(w_);
   const int64_t N = w.size(0), K = w.size(1);
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x);
@@ -158,6 +163,7 @@ Three nf4_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& 
                                int64_t K, int64_t block_size, bool want_dx) {
   const char* op = "nf4_lora_linear_backward";
   const Nf4Weight w(op, weight, absmax, absmax_scale, absmax_offset, N, K, block_size);
+  check_same_device(op, "weight", weight, "dy", dy);
   const Adapter adapter(op, lora_a, lora_b, seed, scale, dropout, N, K, x);
   return backward(op, dy, x, h, adapter, N, K, want_dx,
                   [&]<typename T, typename P>(T* dx, const AdapterBackward<T, P>& p) {

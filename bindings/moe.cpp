@@ -38,6 +38,8 @@ Tensor moe_route_backward(const Tensor& dweights_, const Tensor& logits_, const 
   check_dtype(op, "dweights", dweights, ScalarType::Float);
   check_shape(op, "experts", experts, {router.M, top_k});
   check_dtype(op, "experts", experts, ScalarType::Int);
+  check_same_device(op, "dweights", dweights, "logits", logits);
+  check_same_device(op, "experts", experts, "logits", logits);
   const Tensor dlogits = empty({router.M, router.E}, ScalarType::Float, logits);
   run(MoeRouteBackward{.dlogits = ptr<float>(dlogits),
                        .dweights = cptr<float>(dweights),
@@ -73,17 +75,19 @@ Three moe_dispatch(const Tensor& experts_, int64_t E) {
 // --------------------------------------------------------------------------------------- gather, combine
 
 // What dispatch gave must fit: (M, top_k) int32 with each slot below S.
-void check_slots(const char* op, const char* name, const Tensor& t, int64_t below) {
+void check_slots(const char* op, const char* name, const Tensor& t, int64_t below, const Tensor& on) {
   check_dtype(op, name, t, ScalarType::Int);
+  check_same_device(op, name, t, "the rows", on);
   const int32_t* slot = cptr<int32_t>(t);
   for (int64_t i = 0; readable(t) && i < t.numel(); ++i)
     check(slot[i] >= 0 && slot[i] < below, op, ": ", name, " must lie in [0, ", below, "), got ", slot[i]);
 }
 
-MaybeTensor check_weights(const char* op, const MaybeTensor& weights, int64_t M, int64_t top_k) {
+MaybeTensor check_weights(const char* op, const MaybeTensor& weights, int64_t M, int64_t top_k, const Tensor& on) {
   if (!weights) return std::nullopt;
   check_shape(op, "weights", *weights, {M, top_k});
   check_dtype(op, "weights", *weights, ScalarType::Float);
+  check_same_device(op, "weights", *weights, "the rows", on);
   return as_contiguous(*weights);
 }
 
@@ -92,10 +96,10 @@ Tensor moe_gather(const Tensor& x_, MaybeTensor weights_, const Tensor& order_, 
   check(position.dim() == 2, op, ": position must have shape (M, top_k), got ", shape_text(position.sizes()));
   const int64_t M = position.size(0), top_k = position.size(1), C = x_.size(-1);
   const Rows x = matrix(op, "x", x_, M);
-  const MaybeTensor weights = check_weights(op, weights_, M, top_k);
+  const MaybeTensor weights = check_weights(op, weights_, M, top_k, x_);
   const Tensor order = as_contiguous(order_);
   check_shape(op, "order", order, {M * top_k});
-  check_slots(op, "order", order, M * top_k);
+  check_slots(op, "order", order, M * top_k, x_);
   const Tensor slots = empty({M * top_k, C}, x_.scalar_type(), x_);
   dispatch_wide(op, "x", x_, [&]<typename T>() {
     run(MoeGather<T>{.slots = ptr<T>(slots),
@@ -117,9 +121,9 @@ Tensor moe_combine(const Tensor& slots_, MaybeTensor weights_, const Tensor& ord
   const int64_t M = position_.size(0), top_k = position_.size(1), C = slots_.size(-1);
   const Rows slots = matrix(op, "slots", slots_, M * top_k);
   check_shape(op, "order", order, {M * top_k});
-  const MaybeTensor weights = check_weights(op, weights_, M, top_k);
+  const MaybeTensor weights = check_weights(op, weights_, M, top_k, slots_);
   const Tensor position = as_contiguous(position_);
-  check_slots(op, "position", position, M * top_k);
+  check_slots(op, "position", position, M * top_k, slots_);
   const Tensor y = empty({M, C}, slots_.scalar_type(), slots_);
   dispatch_wide(op, "slots", slots_, [&]<typename T>() {
     run(MoeCombine<T>{.y = ptr<T>(y),
@@ -143,7 +147,8 @@ Tensor moe_weight_gradient(const Tensor& slots_, const Tensor& x_, const Tensor&
   check(slots_.size(1) == C, op, ": slots must have ", C, " columns like x, got ", shape_text(slots_.sizes()));
   check_same_dtype(op, "slots", slots_, "x", x_);
   const Tensor position = as_contiguous(position_);
-  check_slots(op, "position", position, M * top_k);
+  check_slots(op, "position", position, M * top_k, x_);
+  check_same_device(op, "slots", slots_, "x", x_);
   const Tensor dweights = empty({M, top_k}, ScalarType::Float, x_);
   dispatch_wide(op, "x", x_, [&]<typename T>() {
     run(MoeWeightGradient<T>{.dweights = ptr<float>(dweights),

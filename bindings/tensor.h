@@ -1,6 +1,6 @@
 // The guard at the door: every check that a tensor passes before csrc sees its pointer.
 //
-// Torch's stable ABI only, so that one build serves every torch from 2.10 on. Messages: "op: argument must ..., got
+// Torch's stable ABI only, so that one build serves every torch from 2.11 on. Messages: "op: argument must ..., got
 // ...". A std::invalid_argument arrives in Python as ValueError, throw_type_error as TypeError.
 #pragma once
 #include <torch/csrc/stable/library.h>
@@ -126,9 +126,9 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType d
   for (size_t i = sizes.size(); i-- > 0; step *= max64(1, sizes[i])) strides[i] = step;  // torch's, where a size is 0
   int32_t device_type, device_index;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.begin(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
   return Tensor(handle);
@@ -138,7 +138,7 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType d
 // Tells the harness which memory kernels may touch: the storage of every tensor whose pointer is taken.
 inline void remember(const Tensor& t) {
   int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   const auto* data = static_cast<const char*>(t.const_data_ptr());
   host::remember(data - t.storage_offset() * t.element_size(), size_t(bytes), "a tensor");
 }

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <elf.h>
 #include <link.h>
+#include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -53,11 +54,12 @@ namespace {
 
 std::map<size_t, std::vector<Cell*>> spare;  // shadows, by bytes: all that they tell is older than launches to come
 std::mutex spare_mutex;
+constexpr size_t kGiant = 4 << 20;  // bytes of memory whose shadow no launch leaves to the next
 
 struct Entry {
-  Region region;
-  bool kept;  // by remember
-  int users;  // Buffers
+  Region region;  // without a shadow where it is a giant
+  bool kept;      // by remember
+  int users;      // Buffers
 };
 std::vector<Entry> entries;  // in the order in which they came
 std::mutex entries_mutex;
@@ -72,7 +74,8 @@ Entry& enter(const void* pointer, size_t bytes, const char* name) {
   }
   std::erase_if(entries,
                 [&](const Entry& e) { return e.users == 0 && e.region.begin < data + bytes && data < e.region.end; });
-  const Region region{data, data + bytes, name, Region::kGlobal, new_shadow(data, bytes), data, bytes};
+  const Shadow shadow = bytes < kGiant ? new_shadow(data, bytes) : Shadow{};
+  const Region region{data, data + bytes, name, Region::kGlobal, shadow, data, bytes};
   return entries.emplace_back(Entry{region, false, 0});
 }
 
@@ -98,6 +101,16 @@ void cut(Pieces& pieces, uintptr_t begin, uintptr_t end) {
     if (left.begin < begin) pieces.emplace(left.begin, left);
     if (end < right.end) pieces.emplace(end, right);
   }
+}
+
+// Pages that are never touched take no memory, so that a shadow may be larger than the machine's.
+Shadow giant_shadow(uintptr_t data, size_t bytes) {
+  const size_t words = (data % 4 + bytes + 3) / 4, size = 5 * words * sizeof(Cell);
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* const pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+  if (pages == MAP_FAILED) fail_launch("no address space for the shadow of " + std::to_string(bytes) + " bytes");
+  Cell* const cells = static_cast<Cell*>(pages);
+  return {cells, cells + words, std::shared_ptr<void>(pages, [size](void* p) { munmap(p, size); })};
 }
 
 }  // namespace
@@ -144,13 +157,15 @@ Buffer::~Buffer() {
   remove(data, [](Entry& e) { return e.users > 0 && --e.users == 0 && !e.kept; });
 }
 
-// Where entries overlap, as views of a buffer do, the later one counts.
+// Where entries overlap, as views of a buffer do, the later one counts. Giants get a shadow that goes with its regions.
 std::vector<Region> registered() {
   const std::lock_guard lock(entries_mutex);
   Pieces pieces;
   for (const Entry& e : entries) {
     cut(pieces, e.region.begin, e.region.end);
-    pieces.emplace(e.region.begin, e.region);
+    Region region = e.region;
+    if (!region.shadow.words) region.shadow = giant_shadow(region.data, region.bytes);
+    pieces.emplace(region.begin, std::move(region));
   }
   std::vector<Region> all;
   for (const auto& [begin, region] : pieces) all.push_back(region);

@@ -34,7 +34,7 @@ def pack(linear: NF4Linear, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {
         ".weight": packed["weight"].detach().reshape(-1, 1),
         ".weight.absmax": packed["absmax"].detach().flatten(),
-        ".weight.quant_map": torch.tensor(CODEBOOK),
+        ".weight.quant_map": torch.tensor(CODEBOOK, device="cpu"),
     }
     if linear.double_quant:
         state |= {"nested_blocksize": ABSMAX_BLOCK, "nested_dtype": "float32"}
@@ -72,11 +72,11 @@ def unpack(name: str, tensors: dict[str, Tensor]) -> NF4Linear:
     check_order(name, **stored)
     if stored["weight"].is_floating_point():
         stored["weight"] = stored["weight"].view(torch.uint8)
-    check_map(name, ".quant_map", tensors, torch.tensor(CODEBOOK))
+    check_map(name, ".quant_map", tensors, torch.tensor(CODEBOOK, device="cpu"))
     if nested:
         check_map(name, ".nested_quant_map", tensors, dynamic_map())
         stored["absmax_scale"] = tensors.get(".nested_absmax")
-        stored["absmax_offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
+        stored["absmax_offset"] = stored["weight"].new_tensor(state["nested_offset"], dtype=torch.float32)
     for key, tensor in stored.items():
         slot = getattr(linear, key)
         if tensor is None or tensor.numel() != slot.numel() or tensor.dtype != slot.dtype:
@@ -98,8 +98,10 @@ def check_order(name: str, weight: Tensor, absmax: Tensor | None) -> None:
 
 
 def check_map(name: str, suffix: str, tensors: dict[str, Tensor], wanted: Tensor) -> None:
+    """wanted lies on the CPU."""
     stored = tensors.get(suffix)
-    if stored is None or stored.shape != wanted.shape or not torch.allclose(stored.float(), wanted, rtol=0, atol=1e-6):
+    known = stored is not None and stored.shape == wanted.shape
+    if not known or not torch.allclose(stored.cpu().float(), wanted, rtol=0, atol=1e-6):
         raise ValueError(f"checkpoint: {name}{suffix} must be the NF4 code book of bitsandbytes, got another or none")
 
 

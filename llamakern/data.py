@@ -209,7 +209,7 @@ def split(records: Sequence[list[Example]], fraction: float, seed: int) -> tuple
     """Training and held-out examples. Whole records are held out, so that no instruction stands on both sides."""
     if not 0 <= fraction < 1:
         raise ValueError(f"data: eval_fraction must be in [0, 1), got {fraction}")
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     n_held = min(round(fraction * len(records)), len(records) - 1) if fraction else 0
     held, kept = sorted(order[:n_held]), sorted(order[n_held:])
     return [e for i in kept for e in records[i]], [e for i in held for e in records[i]]
@@ -229,7 +229,7 @@ def epoch_batches(
     order = list(range(len(examples)))
     if seed is not None:
         order = torch.randperm(
-            len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch), device="cpu"
         ).tolist()
     if not packing:
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

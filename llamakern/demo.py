@@ -6,6 +6,7 @@ are held out, from pre-training and fine-tuning alike. Every number printed was 
 """
 
 import io
+import json
 import shutil
 import textwrap
 import time
@@ -38,6 +39,7 @@ FINETUNE_SECONDS = 9.0  # of the first method; the others train as many steps
 LEAST_STEPS, MOST_STEPS = 60, 3000
 N_HELD_OUT = 200
 N_SAMPLES = 4
+TASKS = "tasks.jsonl"  # what is fine-tuned on, for `llamakern compare`
 MARK = ".llamakern-demo"  # stands in the folder of a demo: what is in there may be replaced
 
 
@@ -86,6 +88,8 @@ def run(
     base["megabytes"], base["megabytes_nf4"] = (folder_size(out / name) / 2**20 for name in ("base", "base-nf4"))
     say(f"Quantised to NF4: {base['megabytes']:.1f} MB -> {base['megabytes_nf4']:.1f} MB on disk")
 
+    with open(out / TASKS, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records(train_functions))
     tasks = [tokenize(functions, tokenizer, FINETUNE["max_len"]) for functions in (train_functions, held_functions)]
     short = [f for f in held_functions if len(f.signature) <= 60]
     shown = short[:: max(1, len(short) // N_SAMPLES)][:N_SAMPLES]
@@ -134,7 +138,7 @@ def corpus() -> tuple[list[str], list[Documented], list[Documented]]:
     """Texts to pre-train on, functions to fine-tune on, and functions of files that neither has seen."""
     docstrings, functions = library()
     files = sorted({f.file for f in functions})
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
     held_files, held = set(), []
     by_file = {file: [f for f in functions if f.file == file] for file in files}
     for i in order:
@@ -175,9 +179,13 @@ def chunks(texts: list[str], tokenizer: Tokenizer, length: int) -> list[Example]
     return [Example(row, [True] * len(row), False, "") for row in rows if len(row) > 1]
 
 
+def records(functions: list[Documented]) -> list[dict]:
+    return [{"instruction": f.signature, "output": f.summary} for f in functions]
+
+
 def tokenize(functions: list[Documented], tokenizer: Tokenizer, max_len: int) -> list[Example]:
-    records = [{"instruction": f.signature, "output": f.summary} for f in functions]
-    examples = [e for record in load_examples(records, tokenizer, max_len=max_len, template=PLAIN) for e in record]
+    loaded = load_examples(records(functions), tokenizer, max_len=max_len, template=PLAIN)
+    examples = [e for record in loaded for e in record]
     return [e for e in examples if not e.truncated]
 
 

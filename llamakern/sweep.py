@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -264,10 +265,13 @@ def train(task: Task, candidate: Candidate, config: TrainConfig, out: Path) -> d
 
 
 def judge(model: nn.Module, task: Task, config: TrainConfig) -> dict:
-    """Losses per token on validation, test and the base's own text."""
+    """Losses per token on validation, test and the base's own text. FloatingPointError where one is not finite."""
     parts = {"validation_loss": task.validation, "test_loss": task.test, "own_loss": task.own}
     knobs = {"pad_id": task.pad_id, "quiet": True}
-    return {name: Trainer(model, task.train, config, held_out=part, **knobs).evaluate() for name, part in parts.items()}
+    losses = {n: Trainer(model, task.train, config, held_out=part, **knobs).evaluate() for n, part in parts.items()}
+    if bad := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+        raise FloatingPointError(f"compare: {bad[0]} must be finite, got {losses[bad[0]]}")
+    return losses
 
 
 @torch.no_grad()

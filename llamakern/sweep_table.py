@@ -91,6 +91,9 @@ def notes(report: dict) -> list[str]:
             settings = ", ".join(f"{name}={value}" for name, value in choices.items())
             lines += ["", f"{r['method']}: the paper of {kind} leaves open, and here was {settings}."]
     for r in report["rows"]:
+        if "failed" not in r and r["seeds"] < budget["seeds"]:
+            lost = budget["seeds"] - r["seeds"]
+            lines += ["", f"{r['method']}: {lost} of {budget['seeds']} seeds failed and do not count in its row."]
         if "failed" in r:
             lines += ["", f"{r['method']} failed: {r['failed']}"]
     return lines

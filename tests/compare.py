@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-DEVICE = os.environ.get("LLAMAKERN_TEST_DEVICE", "cpu")  # where tensors are made: "cuda" runs the room tests on a GPU
+# Where tensors are made: LLAMAKERN_TEST_DEVICE=cuda runs the room tests on a GPU, "pretended" on one that is not there.
+PRETENDED = os.environ.get("LLAMAKERN_TEST_DEVICE") == "pretended"
+DEVICE = "cuda" if PRETENDED else os.environ.get("LLAMAKERN_TEST_DEVICE", "cpu")
 
 
 def skip_unread(message):

@@ -4,11 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import DEVICE
+from compare import DEVICE, PRETENDED
 
+import llamakern
 from llamakern import _C, Llama, LlamaConfig
 from llamakern.demo import train_tokenizer
 
+for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+    if (asked := Path(folder).resolve() / "llamakern").is_dir():
+        if Path(llamakern.__file__).resolve().parent != asked:  # `python -m pytest` looks in the checkout first
+            raise pytest.UsageError(
+                f"PYTHONPATH asks for {asked}, but {llamakern.__file__} is found: call pytest itself"
+            )
+        break
+
+if PRETENDED:
+    from pretended_gpu import pretended
+
+    GPU = pretended()  # for as long as this module lives
+    GPU.__enter__()
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)  # before the test modules make their first tensor
 

@@ -42,6 +42,17 @@ def test_decode_at_the_edges_of_steps_and_ranges(G, D, dtype, isa):
     assert_as_good_as("y", ops.attention_decode(q, k, v, lengths=lengths), eager, truth, floor=2e-6)
 
 
+def test_decode_of_many_keys(isa):
+    """More than the shortest ranges of keys hold on a GPU: each sequence is cut as if it were alone."""
+    lengths = torch.tensor([16500, 300], dtype=torch.int32)
+    q = torch.randn(2, 1, 2, 8)
+    k, v = make_cache(2, 16500, 1, 8, torch.float32)
+    ours = ops.attention_decode(q, k, v, lengths=lengths)
+    truth = attention_decode_reference(q.double(), k.double(), v.double(), lengths=lengths)
+    assert_as_good_as("y", ours, attention_decode_reference(q, k, v, lengths=lengths), truth, floor=2e-6)
+    assert_same_bits(ours[1:], ops.attention_decode(q[1:], k[1:, :300], v[1:, :300], lengths=lengths[1:]))
+
+
 @pytest.mark.parametrize("T", [1, 20])
 def test_decode_reads_nothing_beyond_its_length(T, dtype, isa):
     lengths = torch.tensor([35, 7], dtype=torch.int32)

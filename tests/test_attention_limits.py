@@ -98,7 +98,6 @@ def test_blind_rows_take_no_gradient_of_lse():
     assert all(g.isfinite().all() for g in torch.autograd.grad((y, lse), (q, k, v), (torch.ones_like(y), dlse)))
 
 
-@pytest.mark.large
 def test_strides_beyond_two_to_the_31_elements():
     """The rows of the batch lie so far apart that a 32-bit index would miss. Pages never touched cost nothing."""
     near, apart = near_and_far(2, 40, 2, 8)
@@ -112,7 +111,6 @@ def test_strides_beyond_two_to_the_31_elements():
             assert_same_bits(got.detach(), want.detach())
 
 
-@pytest.mark.large
 @pytest.mark.parametrize("T", [1, 3])
 def test_cache_beyond_two_to_the_31_elements(T):
     """Rows of a cache, or its last blocks, that a 32-bit index would miss."""

@@ -141,6 +141,15 @@ def test_a_head_whose_gate_is_0(isa):
     assert_same_bits(y[:, :, 2].detach(), ops.attention(*inputs[:3])[:, :, 2].detach())
 
 
+@pytest.mark.parametrize("shape", [(2, 90, 90, 4, 2, 40, 10), (1, 70, 300, 2, 1, 64, 4)], ids=["some", "many"])
+def test_gates_above_1(shape, dtype, isa):
+    """y is then mostly the prompts', and its rounding would drown what the words' gradients are made of."""
+    inputs = make_inputs(*shape, dtype)
+    with torch.no_grad():
+        inputs[5].copy_(torch.linspace(-5, 4, shape[3]))
+    check(inputs, return_lse=True)
+
+
 def test_one_prompt_comes_through(dtype, isa):
     """Alone, its value is added times the gate."""
     q, k, v, pk, pv, _ = (t.detach() for t in make_inputs(1, 40, 0, 2, 1, 16, 1, dtype))
@@ -152,8 +161,6 @@ def test_one_prompt_comes_through(dtype, isa):
 
 @pytest.mark.parametrize("scale", [0.01, 3.0, 10.0])
 def test_scales_of_the_input(scale, dtype, isa):
-    if isa == "cuda_host" and dtype == torch.float32:
-        pytest.xfail("the prompts' float32 gradients reach six times eager's error on the CUDA engine")
     inputs = [(t.detach() * scale).requires_grad_() for t in make_inputs(1, 70, 70, 4, 2, 64, 10, dtype)[:5]]
     check([*inputs, torch.linspace(-1, 1, 4).requires_grad_()])
 

@@ -25,6 +25,8 @@ SHAPES = {
     "linear_cross_entropy": "M=3,C=16,V=32",
     "rms_norm": "M=2,C=32",
     "swiglu": "M=2,F=32",
+    "scale_shift": "M=2,C=32",
+    "nf4_scaled_linear": "M=2,N=32,K=64",
     "rope": "T=2,H=2,Hkv=1,D=16",
     "moe_mlp": "M=3,C=128,F=64,E=4,top_k=2",
     "nf4_block_decode_": "C=64,H=2,Hkv=1,FFN=96,S=8,B=2",

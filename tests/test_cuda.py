@@ -8,14 +8,19 @@ import torch
 from compare import assert_same_bits
 
 from llamakern import _C, Llama, LlamaConfig, nn, ops, peft, runs
+from llamakern.config import MoEConfig
 from llamakern.decoding import decoder
 
 ROOT = Path(__file__).parent.parent
 on_a_gpu = pytest.mark.skipif(not (_C.cuda_built and torch.cuda.is_available()), reason="needs a GPU and its engine")
 
 
-def tiny(device, *, method=None):
-    config = LlamaConfig(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=192, vocab_size=256, max_seq_len=64)
+EXPERTS = MoEConfig(4, 2, 64, shared_dim=64, renormalize=True, balance_loss=0.01, z_loss=0.001)
+
+
+def tiny(device, *, method=None, moe=None):
+    sizes = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 192, "vocab_size": 256}
+    config = LlamaConfig(**sizes, max_seq_len=64, moe=moe)
     with torch.device(device):
         model = Llama(config).to(torch.bfloat16)
         nn.quantize_(model)
@@ -70,9 +75,11 @@ def training_step(model, device):
     return step
 
 
-def test_no_step_looks_at_values_on_a_device():
+@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+def test_no_step_looks_at_values_on_a_device(moe):
     """On tensors that have no values: whoever asks for one raises."""
-    model = tiny("meta", method=peft.LoRAConfig(rank=4, alpha=8))
+    experts = [peft.ExpertLoRAConfig(rank=4, router=True)] if moe else []
+    model = tiny("meta", method=[peft.LoRAConfig(rank=4, alpha=8), *experts], moe=moe)
     assert decode_step(model, "meta")[1]().shape == (2, 256)
     assert all(g.device.type == "meta" for g in training_step(model, "meta")())
     with pytest.raises(RuntimeError, match="meta"):
@@ -94,11 +101,12 @@ def captured(step):
 
 
 @on_a_gpu
+@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_decode_step_is_captured(adapted):
+def test_decode_step_is_captured(adapted, moe):
     """Replayed, a step adds a token to the cache and gives the bits that it gives when it is called."""
     torch.manual_seed(0)
-    model = tiny("cuda", method=peft.LoRAConfig(rank=4, alpha=8) if adapted else None)
+    model = tiny("cuda", method=peft.LoRAConfig(rank=4, alpha=8) if adapted else None, moe=moe)
     cache, step = decode_step(model, "cuda")
     graph, logits = captured(step)
     cache.lengths.fill_(4)
@@ -114,14 +122,25 @@ def test_decode_step_is_captured(adapted):
 
 
 @on_a_gpu
-def test_training_step_is_captured():
+@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+def test_training_step_is_captured(moe):
     torch.manual_seed(0)
-    step = training_step(tiny("cuda", method=peft.LoRAConfig(rank=4, alpha=8)), "cuda")
+    step = training_step(tiny("cuda", method=peft.LoRAConfig(rank=4, alpha=8), moe=moe), "cuda")
     want = step()
     graph, gradients = captured(step)
     graph.replay()
     for ours, theirs in zip(gradients, want, strict=True):
         assert_same_bits(ours, theirs)
+
+
+@on_a_gpu
+def test_tensors_of_two_devices_are_refused():
+    """Before a kernel follows an address that its GPU does not know."""
+    mine = torch.ones(2, 8), torch.ones(4, 8), torch.ones(1, 8), torch.ones(4, 1)
+    for away in range(len(mine)):
+        mixed = [t.cpu() if i == away else t.cuda() for i, t in enumerate(mine)]
+        with pytest.raises(ValueError, match="must be on the device of"):
+            torch.ops.llamakern.lora_linear(None, *mixed, None, None, 1.0, 0.0)
 
 
 @on_a_gpu

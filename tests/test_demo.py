@@ -32,6 +32,9 @@ def test_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     assert summary["base"]["loss_after"] < summary["base"]["loss_before"]
     assert summary["base"]["megabytes_nf4"] < summary["base"]["megabytes"]
     assert summary["peak_memory_mb"] > 0
+    tasks = [json.loads(line) for line in (tmp_path / demo.TASKS).read_text().splitlines()]
+    assert len(tasks) == 300
+    assert set(tasks[0]) == {"instruction", "output"}
     assert len(summary["samples"]) == 4
     assert all(set(s) == {"true", "before", *demo.SHOWN} for s in summary["samples"].values())
     assert (tmp_path / "loss.png").stat().st_size > 1000

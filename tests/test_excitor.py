@@ -62,6 +62,11 @@ def test_forward_backward(shape, dtype, isa):
     check(make_inputs(*shape, dtype))
 
 
+def test_blocks_of_several_tiles_of_tokens():
+    """So many heads that each block of a GPU takes all tokens of its own."""
+    check(make_inputs(1, 70, 8, 260, 2, 3, 2, torch.bfloat16), rounding(torch.bfloat16))
+
+
 def turned(B, T, D):
     return {
         "half": {"extra_rope": "both"} | angles(T, D // 2),

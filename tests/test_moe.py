@@ -11,7 +11,7 @@ from compare import (
 )
 
 from llamakern import ops
-from llamakern.ops.grouped import nf4_grouped_linear_reference
+from llamakern.ops.grouped import grouped_linear_reference, nf4_grouped_linear_reference
 from llamakern.ops.moe import moe_combine, moe_dispatch, moe_gather, moe_mlp_reference, moe_route_reference
 
 SCORES = [("softmax", False), ("softmax", True), ("sigmoid", False), ("sigmoid", True)]
@@ -99,14 +99,15 @@ def test_route_in_float32_whatever_the_dtype():
     assert logits.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_dispatch_sorts_by_expert_and_combine_undoes_gather(top_k, isa):
-    experts = torch.stack([torch.randperm(6)[:top_k] for _ in range(50)]).int()
-    offsets, order, position = moe_dispatch(experts, 6)
-    assert offsets.diff().tolist() == torch.bincount(experts.flatten(), minlength=6).tolist()
+@pytest.mark.parametrize(("M", "top_k", "E"), [(50, 1, 6), (50, 3, 6), (500, 3, 70), (4500, 2, 6)])
+def test_dispatch_sorts_by_expert_and_combine_undoes_gather(M, top_k, E, isa):
+    """From some number on a GPU sorts the pairs in runs, and then in several blocks."""
+    experts = torch.stack([torch.randperm(E - 1)[:top_k] for _ in range(M)]).int()
+    offsets, order, position = moe_dispatch(experts, E)
+    assert offsets.diff().tolist() == torch.bincount(experts.flatten(), minlength=E).tolist()
     assert torch.equal(order.long(), torch.argsort(experts.flatten(), stable=True))
-    assert torch.equal(order[position.flatten()].long(), torch.arange(50 * top_k))
-    x = torch.randint(-8, 8, (50, 33)).float()
+    assert torch.equal(order[position.flatten()].long(), torch.arange(M * top_k))
+    x = torch.randint(-8, 8, (M, 33)).float()
     assert torch.equal(moe_combine(moe_gather(x, None, order, position), None, order, position), top_k * x)
 
 
@@ -157,6 +158,47 @@ def test_block_sizes(block_size, dtype, isa):
     check_against_reference(op, reference, (x, weight, absmax))
 
 
+def make_linear(base, counts, N, K, R, adapter, dtype=torch.bfloat16):
+    """(op, reference, inputs) of a grouped linear whose experts have so many rows each."""
+    E, S = len(counts), sum(counts)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    x = torch.randn(S, K).to(dtype).requires_grad_()
+    w, knobs = make_weight(base, E, N, K, dtype)
+    adapters = [(torch.randn(s) / math.sqrt(s[2])).to(adapter).requires_grad_() for s in ((E, R, K), (E, N, R))]
+    absmax = [] if knobs is None else [knobs.pop("absmax")]
+    ours, plain = (ops.nf4_grouped_linear, nf4_grouped_linear_reference) if absmax else (
+        ops.grouped_linear, grouped_linear_reference)  # fmt: skip
+
+    def call(fn):
+        def run(x, a, b, w, *absmax):
+            return fn(x, w, *absmax, offsets, lora_a=a, lora_b=b, scale=0.7, **knobs or {})
+
+        return run
+
+    return call(ours), call(plain), (x, *adapters, w, *absmax)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize(("N", "K"), [(4100, 64), (50, 4096)])
+def test_large_tiles(N, K, base, isa):
+    """Large enough for the larger tiles of a GPU; h or g is a reduction long enough to be cut into pieces."""
+    check_against_reference(*make_linear(base, [20, 0, 180], N, K, 5, torch.bfloat16), FLOOR[torch.bfloat16])
+
+
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("base", ["dense", "nf4", "nested"])
+def test_few_rows_of_an_expert(base, adapter, isa):
+    """As in decoding: a GPU streams through the bytes of NF4, whose 16 rows an expert may exceed."""
+    check_against_reference(*make_linear(base, [0, 18, 1, 0, 11], 70, 192, 5, adapter), FLOOR[torch.bfloat16])
+
+
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+def test_many_experts(narrow, isa):
+    """More than a warp of a GPU looks at in one turn when it searches for a tile's expert."""
+    counts = [(5 * e) % 7 if e % 3 else 0 for e in range(70)]
+    check_against_reference(*make_linear("dense", counts, 20, 40, 3, narrow, narrow), FLOOR[narrow])
+
+
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_float32_adapter_beside_16_bits(base, narrow, isa):
@@ -184,7 +226,9 @@ def test_b_of_zero_is_the_base_bit_for_bit(base, dtype, isa):
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4", "transposed"])
-@pytest.mark.parametrize("shape", [(9, 2, 5, 192, 128, 5), (200, 2, 5, 192, 448, 16)], ids=label)
+@pytest.mark.parametrize(
+    "shape", [(9, 2, 5, 192, 128, 5), pytest.param((200, 2, 5, 192, 448, 16), marks=pytest.mark.large)], ids=label
+)
 def test_equal_bits_for_any_thread_count(shape, base, dtype, isa):
     op, _, inputs = make_case(base, *shape, dtype)
     check_thread_counts(op, inputs)
@@ -219,6 +263,7 @@ def test_only_what_wants_a_gradient_gets_one():
         assert not op(*inputs).requires_grad
 
 
+@pytest.mark.large
 def test_stack_of_more_than_2_to_the_31_weights():
     """Codes are 0, that is -1, but for the last row of the last expert: 15, that is 1."""
     need_memory(3)

@@ -48,7 +48,7 @@ def label(shape):
 @pytest.fixture(scope="module")
 def vectors(data_dir):
     arrays = np.load(data_dir / "vectors/nf4_bitsandbytes.npz")
-    return {name: torch.from_numpy(arrays[name]) for name in arrays}
+    return {name: torch.from_numpy(arrays[name]).to(DEVICE) for name in arrays}
 
 
 def make_weight(N, K, *, block_size=64, double=False):
@@ -93,7 +93,7 @@ def test_double_quantisation_of_bitsandbytes(name, vectors, isa):
 
 
 def test_tables(vectors):
-    assert torch.equal(dynamic_map(), vectors["dq_code256"])
+    assert torch.equal(dynamic_map().to(DEVICE), vectors["dq_code256"])
     assert torch.equal(torch.tensor(CODEBOOK), vectors["nf4_code"])
 
 
@@ -151,7 +151,7 @@ def test_thresholds_and_zeros(isa):
 
 
 def test_levels_between_two_take_the_even_one(isa):
-    level = dynamic_map()
+    level = dynamic_map().to(DEVICE)
     middles = (level[:-1] + level[1:]) * 0.5
     absmax = torch.cat((middles, torch.ones(1)))  # 256 values, the largest 1: the scale is exact
     codes, scale = torch.ops.llamakern.nf4_double_quantize(absmax, torch.zeros(()))
@@ -203,6 +203,12 @@ def test_block_sizes_and_double_quantisation(block_size, M, dtype, isa):
 def test_every_number_of_tokens(M, dtype, isa):
     """Seven units a row: half a vector of bytes and half a block of the reduction are left; N ends inside a tile."""
     check_linear(M, 101, 448, dtype, double=M % 2 == 0)
+
+
+@pytest.mark.parametrize("M", [3, 16, 40])
+def test_long_reduction(M, dtype, isa):
+    """Rounding must not grow with all the products of a sum."""
+    check_linear(M, 17, 4160, dtype)
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 40, 80])

@@ -5,7 +5,13 @@ import torch
 from compare import assert_same_bits, check_float16_range
 
 from llamakern import ops
-from llamakern.ops.nf4 import nf4_dequantize_reference, nf4_linear_reference
+from llamakern.ops.nf4 import (
+    dynamic_map,
+    nf4_dequantize_reference,
+    nf4_double_quantize_reference,
+    nf4_linear_reference,
+    nf4_quantize_reference,
+)
 
 
 @pytest.mark.parametrize("M", [3, 20])
@@ -66,3 +72,13 @@ def test_more_than_two_to_the_31_elements():
     dy[:, -1] = torch.arange(9)
     (dx,) = torch.autograd.grad(y, x, dy)
     torch.testing.assert_close(dx, dy[:, -1:] * row)
+
+
+def test_tables_lie_beside_their_tensors():
+    """Not on the default device, and not where the first caller's was."""
+    dynamic_map.cache_clear()
+    with torch.device("meta"):
+        packed = nf4_quantize_reference(torch.ones(2, 64, device="cpu"))
+        codes, scale, offset = nf4_double_quantize_reference(packed[1])
+        w = nf4_dequantize_reference(packed[0], codes, absmax_scale=scale, absmax_offset=offset)
+    assert torch.equal(w, torch.ones(2, 64, device="cpu"))

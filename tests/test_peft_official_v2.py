@@ -119,6 +119,16 @@ def test_multimodal7b(tmp_path, lora):
     assert not torch.equal(half(X), half(X, features=features))
 
 
+def test_names_of_the_visual_branch_are_the_authors():
+    """As llama_adapter_v2_multimodal/util/extract_adapter_from_checkpoint.py of their repository lists them."""
+    model = peft.apply(models()[0], AdapterV2Config("multimodal7b", 3, **VISUAL))
+    blocks = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    owners = [f"visual_blocks.{i}.{part}" for i in range(2) for part in blocks]
+    owners += ["clip_proj_norm", "visual_proj_norm", "visual_proj", "clip_proj"]
+    names = {f"{owner}.{part}" for owner in owners for part in ("weight", "bias")}
+    assert set(model.visual.state_dict()) == names | {"visual_query"}  # theirs: visual_query.weight
+
+
 def test_new_gate_is_folded_into_the_gate():
     from llamakern.peft.official_v2 import folded
 

@@ -131,6 +131,26 @@ def test_a_diverging_rate_is_a_failed_try_not_the_end(report, monkeypatch, tmp_p
     assert "full failed: loss must be finite" in markdown(made)
 
 
+def test_a_seed_that_diverges_is_named_beside_the_table(report, monkeypatch, tmp_path):
+    """A model whose losses are not finite is a failed run, whichever step made it so."""
+    _, _, config = report
+    real = sweep.judge
+
+    def judge(model, task, settings_):
+        if settings_.seed == 1:
+            model.norm.weight.data.fill_(float("nan"))
+        return real(model, task, settings_)
+
+    monkeypatch.setattr(sweep, "judge", judge)
+    config = settings.make(
+        CompareConfig, vars(config) | {"out": str(tmp_path), "methods": ("lora",), "lrs": (1e-3,), "seeds": 2}
+    )
+    made = sweep.compare(config, quiet=True)
+    assert made["runs"][1]["failed"] == "compare: validation_loss must be finite, got nan"
+    assert (made["rows"][0]["seeds"], made["rows"][0]["test_spread"]) == (1, None)
+    assert "lora: 1 of 2 seeds failed and do not count in its row." in markdown(made)
+
+
 def test_every_form_of_the_table(report):
     made, out, _ = report
     for name in ("compare.md", "compare.csv", "compare.tex", "compare.json", "references.bib"):

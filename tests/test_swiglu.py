@@ -79,7 +79,6 @@ def test_more_than_two_to_the_31_elements():
     assert_same_bits(y[[0, 1 << 18, 1 << 19, -1]], want.expand(4, 4096))
 
 
-@pytest.mark.large
 def test_strides_beyond_two_to_the_31_elements():
     """Two rows so far apart that a 32-bit index would miss. Pages never touched cost nothing."""
     inputs = make_inputs((2, 300), torch.float16)

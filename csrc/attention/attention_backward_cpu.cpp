@@ -79,6 +79,21 @@ __attribute__((noinline)) void ds_tile(uint32_t* ds_rows, uint32_t* ds_lanes, co
                   i < V0 ? IVec{} : W::join(c[r][i], c[r + W::kPer - 1][i]));
 }
 
+// delta += Σ p dp of the tile's keys
+template <typename W, int V0>
+__attribute__((noinline)) void delta_tile(float* delta, const float* p, const uint32_t* dy, const uint32_t* v,
+                                          int64_t words) {
+  Tile c = {};
+  dot_rows<W, V0>(c, dy, v, words);
+#pragma GCC unroll 8
+  for (int i = V0; i < kTileVecs; ++i) {
+    Vec sum = load(delta + i * kLanes);
+#pragma GCC unroll 32
+    for (int r = 0; r < kTileRows; ++r) sum = fma(c[r][i], load(p + r * kStrip + i * kLanes), sum);
+    store(delta + i * kLanes, sum);
+  }
+}
+
 // What is needed next, brought into the second cache while something else is computed: a band as it was packed, or the
 // rows of strips that are to be packed.
 template <typename T>
@@ -107,11 +122,12 @@ struct Range {
   bool has(int64_t j) const { return begin <= j && j < end; }
 };
 
-// p, ds and dq of strip i of a band against the keys of a block that it sees.
+// p, ds and dq of strip i of a band against the keys of a block that it sees; or, where `delta` is given, only what the
+// block adds to that.
 template <typename T>
 Range strip_against_block(const AttentionBackward<T>& p, const Group<T>& group, const Strip& strip,
                           const StripData<Words<T>>& s, int i, KeyBlock<T>& block, Weights<Words<T>>& w, float* bias,
-                          Ahead<T>& ahead) {
+                          Ahead<T>& ahead, float* delta = nullptr) {
   using W = Words<T>;
   const int64_t D = p.in.D, words = ceil_div(D, W::kPer), ld = row_words<W>(D);
   const int64_t begin = max64(strip.any.begin - block.begin, 0) / kTileRows * kTileRows;
@@ -127,6 +143,10 @@ Range strip_against_block(const AttentionBackward<T>& p, const Group<T>& group, 
                     block.begin + j, bias ? bias + j * kStrip : nullptr, s.lse);
     });
   }
+  for (int64_t j = begin; j < end && delta; j += kTileRows)
+    from_vector(strip, block.begin + j,
+                [&]<int V0> { delta_tile<W, V0>(delta, w.p + j * kStrip, s.dy, block.v + j * ld, words); });
+  if (delta) return {};
   for (int64_t j = begin; j < end; j += kTileRows) {
     ahead.step();
     from_vector(strip, block.begin + j, [&]<int V0> {
@@ -210,6 +230,22 @@ void store_keys(const Heads<T>& x, const Group<T>& group, int64_t j, int64_t n, 
   }
 }
 
+// Whether prompts weigh so much in y that its rounding hides what the words' delta is made of.
+template <typename T>
+bool drowned(const Attended<T>& in) {
+  bool some = false;
+  for (int64_t h = 0; h < in.H && in.prompts.gate; ++h) some |= std::fabs(in.prompts.gate[h]) > 1.0f;
+  return some && !std::is_same_v<T, float>;
+}
+
+template <typename T>
+void set_delta(const StripData<Words<T>>& s, const AttentionBackward<T>& p, const Group<T>& group, const Strip& strip,
+               const float* delta) {
+  for (int lane = 0; lane < kStrip; ++lane)
+    s.minus_delta[lane] =
+        (p.dlse && s.lse[lane] < INFINITY ? p.dlse[strip.lse_index(group, lane)] : 0.0f) - delta[lane];
+}
+
 // The bands first, first + step, ... of one group. Their share of dk and dv is left in blocks at sums, unless it is all
 // there is: then it goes to p. What prompts receive is left at prompt_sums.
 template <typename T>
@@ -232,6 +268,20 @@ void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t
     KeyBlock<T> block(D);
     Weights<W> weights;
     Scratch<float> bias(masked ? kBlock<W> * kStrip : 0), own(step == 1 ? 2 * share : 0);
+    const bool exact = drowned(p.in);  // then words' delta is Σ p dp, by a pass of its own
+    Scratch<float> deltas(exact ? mine * kBandStrips<W> * kStrip : 0);
+    memset(deltas, 0, exact ? size_t(mine * kBandStrips<W> * kStrip) * 4 : 0);
+    for (int64_t j0 = 0; exact && j0 < group.at.S; j0 += kBlock<W>) {
+      block.pack(group, j0);
+      for (int64_t n = 0; n < mine; ++n)
+        for (int64_t i = 0; i < strips_of(n); ++i) {
+          const Strip& strip = strips_at(n)[i];
+          if (j0 == 0) pack_queries(band_at(n), int(i), p, group, strip);
+          Ahead ahead(p, group, room, 0, strips_at(n), 0);
+          strip_against_block(p, group, strip, band_at(n).strip(int(i)), int(i), block, weights,
+                              masked ? bias.get() : nullptr, ahead, deltas + (n * kBandStrips<W> + i) * kStrip);
+        }
+    }
     for (int64_t j0 = 0; j0 == 0 || j0 < group.at.S; j0 += kBlock<W>) {
       float *dk = step == 1 ? own.get() : sums + j0 / kBlock<W> * 2 * share, *dv = dk + share;
       memset(dk, 0, size_t(2 * share) * 4);
@@ -242,6 +292,8 @@ void backward_item(const AttentionBackward<T>& p, const Group<T>& group, int64_t
           for (int64_t i = 0; i < strips_of(n); ++i) pack_queries(band_at(n), int(i), p, group, strips_at(n)[i]);
           if (p.in.prompts.gate)
             prompts_backward({prompt_sums, p.in.prompts.P, D}, prompts, group, strips_at(n), strips_of(n), band_at(n));
+          for (int64_t i = 0; i < strips_of(n) && exact; ++i)
+            set_delta(band_at(n).strip(int(i)), p, group, strips_at(n)[i], deltas + (n * kBandStrips<W> + i) * kStrip);
         }
         Ahead ahead(p, group, room + (n + 1) * size, more && !to_pack ? size : 0, strips_at(n + 1),
                     more && to_pack ? strips_of(n + 1) : 0);

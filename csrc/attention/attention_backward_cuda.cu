@@ -86,6 +86,7 @@ void launch_pass(const BackwardTask<T>& task, Stream stream) {
                                                        : tile_places(task.operands, in.S, 1, Shape::kRows));
   if (blocks == 0) return;
   constexpr size_t kBytes = sizeof(typename Shape::Storage);
+  static_assert(kBytes <= kMostShared);
   allow_shared(attention_backward_kernel<Shape>, kBytes);
   LK_LAUNCH(attention_backward_kernel<Shape>, unsigned(blocks), Shape::kThreads, kBytes, stream)(task);
   check_launch("attention_backward_kernel");
@@ -128,6 +129,7 @@ BackwardTask<T> make_task(const AttentionBackward<T>& p, QueryRow* queries) {
           .over_prompts = nullptr,
           .exact = std::is_same_v<T, float16>,
           .gate = nullptr,
+          .weights = nullptr,
           .dk_sums = nullptr,
           .dv_sums = nullptr};
 }
@@ -147,6 +149,7 @@ struct PromptSpace {
   PromptOutputs<T> outputs;
   T* dq;              // [B, T, H, D]
   QueryRow* queries;  // [B, Hkv, T·G]
+  float* weights;     // [B, Hkv, T·G]
   float *dk, *dv;     // [B·chunks, Hkv, P, D]
 
   PromptSpace(const Attended<T>& in, Workspace& space)
@@ -154,7 +157,8 @@ struct PromptSpace {
         chunks(max64(1, ceil_div(in.T_, chunk_tokens))),
         outputs(in, space),
         dq(space.take<T>(all_rows(in) * in.D)),
-        queries(space.take<QueryRow>(all_rows(in))) {
+        queries(space.take<QueryRow>(all_rows(in))),
+        weights(space.take<float>(all_rows(in))) {
     const int64_t sums = (in.starts_q ? 1 : in.sequences) * chunks * in.Hkv * in.prompts.P * in.D;
     dk = space.take<float>(sums);
     dv = space.take<float>(sums);
@@ -181,6 +185,7 @@ void backward_over_prompts(const AttentionBackward<T>& p, const PromptSpace<T>& 
                             .in = over_prompts(p.in)};
   BackwardTask<T> task = make_task(over, at.queries);
   task.gate = prompts.gate;
+  task.weights = at.weights;
   task.exact = true;
   launch_delta(task, stream);
   launch_passes(task, true, stream);
@@ -193,11 +198,13 @@ void backward_over_prompts(const AttentionBackward<T>& p, const PromptSpace<T>& 
   launch_passes(task, false, stream);
   if (prompts.B == 0) return;
   const int64_t parts = over.in.sequences * at.chunks / prompts.B;
-  for (const auto& [to, sums] : {std::pair{p.dprompt_k, at.dk}, {p.dprompt_v, at.dv}}) {
+  const auto add = [&](const Heads<T>& to, const float* sums) {
     LK_LAUNCH(attention_prompt_sum_kernel<T>, unsigned(prompts.B * prompts.P * p.in.Hkv), kSumThreads, 0, stream)
     (to, sums, prompts.P, p.in.Hkv, p.in.D, parts);
     check_launch("attention_prompt_sum_kernel");
-  }
+  };
+  add(p.dprompt_k, at.dk);
+  add(p.dprompt_v, at.dv);
 }
 
 template <typename T>

@@ -131,6 +131,42 @@ LK_DEVICE void merge_warps(const ForwardTask<typename Shape::T>& task, const Til
   }
 }
 
+// y and lse of a warp's rows, by way of where q was.
+template <typename Shape>
+LK_DEVICE void store_rows(const ForwardTask<typename Shape::T>& task, const Tile& tile, int warp_row,
+                          typename Shape::T* q, float (&o)[Shape::kM][Shape::kD / 8][4],
+                          const Softmax<Shape::kM>& softmax) {
+  using T = typename Shape::T;
+  constexpr int kD = Shape::kD, kM = Shape::kM;
+  const Operands<T>& operands = task.operands;
+  const int D = int(operands.in.D);
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    const int first = tile.first + warp_row + 16 * m + lane_id() / 4;
+    float inverse[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float l = quad_sum(softmax.l[m][h]);
+      const float rounded = quad_sum(softmax.rounded[m][h]);
+      inverse[h] = l == 0.0f ? 0.0f : 1.0f / rounded;
+      const int row = first + 8 * h;
+      if (lane_id() % 4 == 0 && row < tile.rows)
+        task.p.lse[lse_index(operands, tile, row)] = kLn2 * (softmax.m[m][h] + log2f(l));
+    }
+    if (task.added.rows.data) {
+      const T* const added[2] = {task.added.row(operands, tile, first), task.added.row(operands, tile, first + 8)};
+      const float by[2] = {task.added.by(operands, tile, first), task.added.by(operands, tile, first + 8)};
+      add_rows<T, kD>(o[m], inverse, added, by, D);
+      inverse[0] = inverse[1] = 1.0f;
+    }
+    put_fragment<T, kD>(q + 16 * m * kRow<T, kD>, o[m], inverse);
+  }
+  __syncwarp();
+  store_tile<T, kD, 16 * kM>(q, task.y_sixteens, D,
+                             [&](int r) { return query_row(task.p.y, operands, tile, tile.first + warp_row + r); });
+}
+
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) attention_kernel(const ForwardTask<typename Shape::T> task) {
   using T = typename Shape::T;
@@ -157,11 +193,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_kernel(const For
   };
   float o[kM][kD / 8][4] = {};
   Softmax<kM> softmax;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax.m[m][h] = -INFINITY, softmax.l[m][h] = softmax.rounded[m][h] = 0.0f;
-  }
   if (low < high) {
     load_tile<T, kD, Shape::kRows, Shape::kThreads>(shared.q[0], in.q, operands.q_sixteens, D, [&](int r) {
       return query_row(in.q, operands, tile, tile.first + r);
@@ -193,31 +224,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_kernel(const For
   if constexpr (Shape::kKeyWarps > 1) {
     merge_warps<Shape>(task, tile, blockIdx.y, o, softmax, shared.merge[0]);
   } else {
-    __syncwarp();
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      float inverse[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float l = quad_sum(softmax.l[m][h]);
-        const float rounded = quad_sum(softmax.rounded[m][h]);
-        inverse[h] = l == 0.0f ? 0.0f : 1.0f / rounded;
-        const int row = tile.first + warp_row + 16 * m + lane_id() / 4 + 8 * h;
-        if (lane_id() % 4 == 0 && row < tile.rows)
-          task.p.lse[lse_index(operands, tile, row)] = kLn2 * (softmax.m[m][h] + log2f(l));
-      }
-      if (task.added.rows.data) {
-        const int row = tile.first + warp_row + 16 * m + lane_id() / 4;
-        const T* const added[2] = {task.added.row(operands, tile, row), task.added.row(operands, tile, row + 8)};
-        const float by[2] = {task.added.by(operands, tile, row), task.added.by(operands, tile, row + 8)};
-        add_rows<T, kD>(o[m], inverse, added, by, D);
-        inverse[0] = inverse[1] = 1.0f;
-      }
-      put_fragment<T, kD>(shared.q[warp_row + 16 * m], o[m], inverse);
-    }
-    __syncwarp();
-    store_tile<T, kD, 16 * kM>(shared.q[warp_row], task.y_sixteens, D,
-                               [&](int r) { return query_row(task.p.y, operands, tile, tile.first + warp_row + r); });
+    store_rows<Shape>(task, tile, warp_row, shared.q[warp_row], o, softmax);
   }
 }
 
@@ -289,6 +296,7 @@ void launch_forward(const ForwardTask<T>& task, int64_t ranges, Stream stream) {
   const Attended<T>& in = task.p.in;
   const int64_t blocks = in.Hkv * tile_places(task.operands, in.T_, in.G(), Shape::kRows);
   constexpr size_t kBytes = sizeof(typename Shape::Storage);
+  static_assert(kBytes <= kMostShared);
   allow_shared(attention_kernel<Shape>, kBytes);
   LK_LAUNCH(attention_kernel<Shape>, dim3(unsigned(blocks), unsigned(ranges)), Shape::kThreads, kBytes, stream)(task);
   check_launch("attention_kernel");

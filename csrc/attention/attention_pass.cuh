@@ -49,7 +49,8 @@ struct BackwardTask {
   Added<T> added;                // to dq
   const QueryRow* over_prompts;  // words: null, or what their delta lacks
   bool exact;                    // delta = Σ p dp by a pass over the keys: y is too coarse for it
-  const float* gate;             // prompts: [H], p is multiplied by it; else null
+  const float* gate;             // prompts: [H], else null
+  float* weights;                // prompts: [B, Hkv, T·G], g / Σ p, which p is multiplied by; of the pass of queries
   float *dk_sums, *dv_sums;      // prompts: [B·chunks, Hkv, P, D], which dk and dv go to
 };
 
@@ -74,6 +75,7 @@ template <typename Shape>
 struct Lens {
   static constexpr bool kOwnsQueries = Shape::kOwnsQueries;
   QueryRow mine[2];            // of rows g and g + 8, where they are queries
+  float weight[2];             // of them, over prompts
   typename Shape::T* columns;  // where these are
   int row[2], column0;         // in the head
 
@@ -83,11 +85,14 @@ struct Lens {
   }
 };
 
-// Scores of a tile become p. Whether any is not hidden.
+// Scores of a tile become p, times the row's weight where there are any. Whether one is not hidden. Over words the
+// product with the scale is rounded, as it was for y; over prompts, whose delta is of these p, it is not: scores of
+// many thousands may differ by little.
 template <typename Shape>
-LK_DEVICE bool weigh(float (&s)[Shape::kN / 8][4], const Operands<typename Shape::T>& o, const Tile& tile,
-                     const Lens<Shape>& lens, const float* gate) {
-  const bool masked = o.in.mask.kind != Mask::kNone;
+LK_DEVICE bool weigh(float (&s)[Shape::kN / 8][4], const BackwardTask<typename Shape::T>& task, const Tile& tile,
+                     const Lens<Shape>& lens, const float* weights) {
+  const Operands<typename Shape::T>& o = task.operands;
+  const bool masked = o.in.mask.kind != Mask::kNone, prompts = task.gate;
   const int t = lane_id() % 4;
   const float scale = o.in.scale * kLog2e;
   bool seen = false;
@@ -102,14 +107,14 @@ LK_DEVICE bool weigh(float (&s)[Shape::kN / 8][4], const Operands<typename Shape
         const int key = Shape::kOwnsQueries ? lens.column0 + column : lens.row[h];
         const int row = Shape::kOwnsQueries ? lens.row[h] : lens.column0 + column;
         float& x = s[n][2 * h + e];
-        float bias = 0.0f;
+        float bias = prompts ? -query.lse : 0.0f;
         bool visible = query.begin <= key && key < query.end;
         if (masked && visible) {
           bias = mask_bias(o.in.mask, mask_index(o, tile, row) + key * o.in.mask.key);
           visible = bias != -INFINITY;
         }
-        x = visible ? exp2_approx(fmaf(x, scale, bias) - query.lse) : 0.0f;
-        if (gate && visible) x *= gate[query_head(o, tile, row)];
+        x = visible ? exp2_approx(fmaf(x, scale, bias) - (prompts ? 0.0f : query.lse)) : 0.0f;
+        if (weights && visible) x *= Shape::kOwnsQueries ? lens.weight[h] : weights[row];
         seen |= visible;
       }
     }
@@ -167,28 +172,33 @@ LK_DEVICE void store_sums(float* sums, const float (&x)[kD / 8][4], const float 
   }
 }
 
+// A block of a pass: its rows, and what it does with them.
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
-    attention_backward_kernel(const BackwardTask<typename Shape::T> task) {
+struct PassBlock {
   using T = typename Shape::T;
-  constexpr int kD = Shape::kD, kN = Shape::kN, kRows = Shape::kRows, kThreads = Shape::kThreads;
-  constexpr bool kOwnsQueries = Shape::kOwnsQueries, kFirst = Shape::kFirst, kSecond = Shape::kSecond;
-  LK_DYNAMIC_SHARED(typename Shape::Storage, shared);
-  const Operands<T>& operands = task.operands;
-  const Attended<T>& in = operands.in;
-  const Tile tile =
-      kOwnsQueries ? find_query_tile(operands, kRows, blockIdx.x) : find_key_tile(operands, kRows, blockIdx.x);
-  if (tile.first >= tile.rows) return;
-  const int D = int(in.D), warp_row = warp_id() * 16, G = int(operands.group.d);
-  const QueryRow* queries = task.queries + row_index(operands, tile, 0);
+  static constexpr int kD = Shape::kD, kN = Shape::kN, kRows = Shape::kRows, kThreads = Shape::kThreads;
+  static constexpr bool kOwnsQueries = Shape::kOwnsQueries;
 
-  // Rows or keys [low, high) to take past.
-  Lens<Shape> lens;
-  int low, high;
+  const BackwardTask<T>& task;
+  typename Shape::Storage& shared;
+  const Tile tile;
+  Lens<Shape> lens = {};
+
+  LK_DEVICE const Operands<T>& operands() const { return task.operands; }
+  LK_DEVICE const Attended<T>& in() const { return task.operands.in; }
+  LK_DEVICE int G() const { return int(task.operands.group.d); }
+  LK_DEVICE static int warp_row() { return warp_id() * 16; }
+
+  // Sets the lens, and returns the columns [x, y) to take past.
+  LK_DEVICE int2 look() {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) lens.row[h] = tile.first + warp_row + lane_id() / 4 + 8 * h;
-  if constexpr (kOwnsQueries) {
-    low = INT32_MAX, high = 0;
+    for (int h = 0; h < 2; ++h) lens.row[h] = tile.first + warp_row() + lane_id() / 4 + 8 * h;
+    if constexpr (!kOwnsQueries) {
+      const Keys seen = viewers(in().sight, tile.first, kRows, tile.T, tile.S);
+      return {int(seen.begin) * G() / kN * kN, int(seen.end) * G()};
+    }
+    const QueryRow* queries = task.queries + row_index(operands(), tile, 0);
+    int low = INT32_MAX, high = 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       lens.mine[h] = lens.row[h] < tile.rows ? queries[lens.row[h]] : QueryRow{INFINITY, 0.0f, 0, 0};
@@ -198,149 +208,197 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       }
     }
     const int2 reach = reach_of_block<Shape::kWarps, kD>(shared.x1[0], low, high);
-    low = reach.x / kN * kN, high = reach.y;
-  } else {
-    const Keys seen = viewers(in.sight, tile.first, kRows, tile.T, tile.S);
-    low = int(seen.begin) * G / kN * kN, high = int(seen.end) * G;
+    return {reach.x / kN * kN, reach.y};
   }
 
-  const auto load_rows = [&](T* to, const Heads<const T>& of_queries, const Heads<const T>& of_keys, bool q16,
-                             bool k16) {
-    load_tile<T, kD, kRows, kThreads>(to, kOwnsQueries ? of_queries : of_keys, kOwnsQueries ? q16 : k16, D, [&](int r) {
-      if constexpr (kOwnsQueries) return query_row(of_queries, operands, tile, tile.first + r);
-      return key_row(of_keys, operands, tile, tile.first + r);
+  // tile [kCount][kD] = rows from `at` on, of queries or of keys.
+  template <bool kOfQueries, int kCount>
+  LK_DEVICE void load_some(T* to, const Heads<const T>& x, bool sixteens, int at) const {
+    load_tile<T, kD, kCount, kThreads>(to, x, sixteens, int(in().D), [&](int r) {
+      if constexpr (kOfQueries) return query_row(x, operands(), tile, at + r);
+      return key_row(x, operands(), tile, at + r);
     });
-  };
-  const auto load_columns = [&](T* to, const Heads<const T>& of_queries, const Heads<const T>& of_keys, bool q16,
-                                bool k16, int at) {
-    load_tile<T, kD, kN, kThreads>(to, kOwnsQueries ? of_keys : of_queries, kOwnsQueries ? k16 : q16, D, [&](int r) {
-      if constexpr (kOwnsQueries) return key_row(of_keys, operands, tile, at + r);
-      return query_row(of_queries, operands, tile, at + r);
-    });
-  };
-  const auto load = [&](int stage, int at) {
-    load_columns(shared.y1[stage][0], in.q, in.k, operands.q_sixteens, operands.k_sixteens, at);
-    load_columns(shared.y2[stage][0], task.p.dy, in.v, task.dy_sixteens, operands.v_sixteens, at);
-    if constexpr (!kOwnsQueries) {
+  }
+  LK_DEVICE void load_rows() const {
+    const auto& o = operands();
+    if constexpr (kOwnsQueries) {
+      load_some<true, kRows>(shared.x1[0], o.in.q, o.q_sixteens, tile.first);
+      load_some<true, kRows>(shared.x2[0], task.p.dy, task.dy_sixteens, tile.first);
+    } else {
+      load_some<false, kRows>(shared.x1[0], o.in.k, o.k_sixteens, tile.first);
+      if constexpr (Shape::kFirst) load_some<false, kRows>(shared.x2[0], o.in.v, o.v_sixteens, tile.first);
+    }
+  }
+  LK_DEVICE void load_columns(int stage, int at) const {
+    const auto& o = operands();
+    if constexpr (kOwnsQueries) {
+      load_some<false, kN>(shared.y1[stage][0], o.in.k, o.k_sixteens, at);
+      load_some<false, kN>(shared.y2[stage][0], o.in.v, o.v_sixteens, at);
+    } else {
+      load_some<true, kN>(shared.y1[stage][0], o.in.q, o.q_sixteens, at);
+      load_some<true, kN>(shared.y2[stage][0], task.p.dy, task.dy_sixteens, at);
+      const QueryRow* queries = task.queries + row_index(o, tile, 0);
       for (int r = int(threadIdx.x); r < kN; r += kThreads) {
-        const bool exists = at + r < tile.T * G;
+        const bool exists = at + r < tile.T * G();
         cp_async<16>(&behind_row<QueryRow, kD>(shared.y1[stage][0], r), exists ? queries + at + r : queries,
                      exists ? 16 : 0);
       }
     }
     cp_async_commit();
-  };
+  }
 
-  float o1[1][kFirst ? kD / 8 : 1][4] = {}, o2[1][kSecond ? kD / 8 : 1][4] = {};
-  Growth growth;
-  const bool lone = task.gate && in.S == 1;  // the softmax of one prompt is 1 whatever its score: ds is 0
-  const float lift = task.gate ? 1.0f : float(1 << Shape::kLift);
-  if (low < high) {
-    load_rows(shared.x1[0], in.q, in.k, operands.q_sixteens, operands.k_sixteens);
-    if constexpr (kFirst) load_rows(shared.x2[0], task.p.dy, in.v, task.dy_sixteens, operands.v_sixteens);
-    load(0, low);
+  // Whether prompts weigh so much in y that its rounding hides what the words' delta is made of.
+  LK_DEVICE bool drowned() const {
+    const float* const gates = sizeof(T) == 2 ? in().prompts.gate : nullptr;
+    bool some = false;
+    for (int g = 0; gates && g < G(); ++g) some = some || fabsf(gates[tile.kv * G() + g]) > 1.0f;
+    return some;
   }
-  if constexpr (kOwnsQueries) {
-    if (task.exact) {
-      float delta[2] = {};
-      for (int at = low, stage = 0; at < high; at += kN, stage ^= 1) {
-        cp_async_wait<0>();
-        __syncthreads();
-        load(stage ^ 1, at + kN < high ? at + kN : low);
-        float s[1][kN / 8][4] = {}, dp[1][kN / 8][4] = {};
-        dot_rows<T, kD, 1, kN>(s, shared.x1[warp_row], shared.y1[stage][0]);
-        dot_rows<T, kD, 1, kN>(dp, shared.x2[warp_row], shared.y2[stage][0]);
-        lens.column0 = at;
-        weigh<Shape>(s[0], operands, tile, lens, nullptr);
-#pragma unroll
-        for (int n = 0; n < kN / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (s[0][n][i] != 0.0f) delta[i / 2] += s[0][n][i] * dp[0][n][i];
-        }
-      }
+
+  // delta = Σ p dp by a pass over the keys. Over prompts Σ p becomes 1: lse was rounded, and p with it.
+  LK_DEVICE void sum_deltas(int low, int high) {
+    float delta[2] = {}, total[2] = {};
+    for (int at = low, stage = 0; at < high; at += kN, stage ^= 1) {
+      cp_async_wait<0>();
       __syncthreads();
-      if (low < high) {
-        cp_async_wait<0>();
-        load(0, low);
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float sum = quad_sum(delta[h]);
-        if (lens.row[h] >= tile.rows) continue;
-        const float* dlse = task.p.dlse;
-        lens.mine[h].minus_delta =
-            (dlse && lens.mine[h].lse != INFINITY ? dlse[lse_index(operands, tile, lens.row[h])] : 0.0f) - sum;
-        if (lane_id() % 4 == 0)
-          task.queries[row_index(operands, tile, lens.row[h])].minus_delta = lens.mine[h].minus_delta;
-      }
-    }
-  }
-  for (int at = low, stage = 0; at < high; at += kN, stage ^= 1) {
-    cp_async_wait<0>();
-    __syncthreads();  // this tile is here, and nobody reads the other any more
-    if (at + kN < high) load(stage ^ 1, at + kN);
-    float s[1][kN / 8][4] = {};
-    dot_rows<T, kD, 1, kN>(s, shared.x1[warp_row], shared.y1[stage][0]);
-    lens.column0 = at;
-    lens.columns = shared.y1[stage][0];
-    const bool seen = weigh<Shape>(s[0], operands, tile, lens, task.gate);
-    if (!__any_sync(~0u, seen)) continue;
-    if constexpr (kSecond) {
-      Left<T, kN> p[1];
-      float lifted[kN / 8][4];
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) lifted[n][i] = s[0][n][i] * lift;
-      }
-      p[0].set(lifted);
-      multiply<T, kD, 1, kN>(o2, p, shared.y2[stage][0]);
-    }
-    if constexpr (kFirst) {
-      float ds[1][kN / 8][4] = {};
-      dot_rows<T, kD, 1, kN>(ds, shared.x2[warp_row], shared.y2[stage][0]);
+      load_columns(stage ^ 1, at + kN < high ? at + kN : low);
+      float s[1][kN / 8][4] = {}, dp[1][kN / 8][4] = {};
+      dot_rows<T, kD, 1, kN>(s, shared.x1[warp_row()], shared.y1[stage][0]);
+      dot_rows<T, kD, 1, kN>(dp, shared.x2[warp_row()], shared.y2[stage][0]);
+      lens.column0 = at;
+      weigh<Shape>(s[0], task, tile, lens, nullptr);
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float minus_delta = lens.query(i / 2, 8 * n + lane_id() % 4 * 2 + i % 2).minus_delta;
-          ds[0][n][i] = lone || s[0][n][i] == 0.0f ? 0.0f : s[0][n][i] * (ds[0][n][i] + minus_delta);
+          total[i / 2] += s[0][n][i];
+          if (s[0][n][i] != 0.0f) delta[i / 2] += s[0][n][i] * dp[0][n][i];
         }
       }
-      if constexpr (std::is_same_v<T, float16>) growth.template apply<kN, kD>(ds[0], o1[0]);
-      Left<T, kN> left[1];
-      left[0].set(ds[0]);
-      multiply<T, kD, 1, kN>(o1, left, shared.y1[stage][0]);
+    }
+    __syncthreads();
+    if (low < high) {
+      cp_async_wait<0>();
+      load_columns(0, low);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = quad_sum(delta[h]), of = quad_sum(total[h]);
+      const int row = lens.row[h];
+      if (row >= tile.rows) continue;
+      const int64_t place = row_index(operands(), tile, row);
+      if (task.gate) {
+        lens.mine[h].minus_delta = -sum / of;
+        lens.weight[h] = task.gate[query_head(operands(), tile, row)] / of;
+        if (lane_id() % 4 == 0) task.weights[place] = lens.weight[h];
+      } else {
+        const bool sees = task.p.dlse && lens.mine[h].lse != INFINITY;
+        lens.mine[h].minus_delta = (sees ? task.p.dlse[lse_index(operands(), tile, row)] : 0.0f) - sum;
+      }
+      if (lane_id() % 4 == 0) task.queries[place].minus_delta = lens.mine[h].minus_delta;
     }
   }
 
-  const auto store = [&](T* from, float(&o)[kD / 8][4], float factor0, float factor1, const Heads<T>& to, bool sixteens,
-                         float* sums) {
-    float factor[2] = {factor0, factor1};
-    if (!kOwnsQueries && sums) return store_sums<T, kD>(sums, o, factor, operands, tile, lens.row);
-    if (kOwnsQueries && task.added.rows.data) {
-      const int row = lens.row[0];
-      const T* const added[2] = {task.added.row(operands, tile, row), task.added.row(operands, tile, row + 8)};
-      const float by[2] = {task.added.by(operands, tile, row), task.added.by(operands, tile, row + 8)};
-      add_rows<T, kD>(o, factor, added, by, D);
-      factor[0] = factor[1] = 1.0f;
+  // o += p y, and the p are lifted.
+  LK_DEVICE void add_values(float (&o)[1][kD / 8][4], const float (&p)[kN / 8][4], float lift, const T* y) const {
+    Left<T, kN> left[1];
+    float lifted[kN / 8][4];
+#pragma unroll
+    for (int n = 0; n < kN / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) lifted[n][i] = p[n][i] * lift;
     }
+    left[0].set(lifted);
+    multiply<T, kD, 1, kN>(o, left, y);
+  }
+
+  // o += ds y1. The softmax of one prompt is 1 whatever its score: there ds is 0.
+  LK_DEVICE void add_scores(float (&o)[1][kD / 8][4], const float (&p)[kN / 8][4], const T* x2, const T* y1,
+                            const T* y2, Growth& growth) const {
+    const bool lone = task.gate && in().S == 1;
+    float ds[1][kN / 8][4] = {};
+    dot_rows<T, kD, 1, kN>(ds, x2, y2);
+#pragma unroll
+    for (int n = 0; n < kN / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float minus_delta = lens.query(i / 2, 8 * n + lane_id() % 4 * 2 + i % 2).minus_delta;
+        ds[0][n][i] = lone || p[n][i] == 0.0f ? 0.0f : p[n][i] * (ds[0][n][i] + minus_delta);
+      }
+    }
+    if constexpr (std::is_same_v<T, float16>) growth.template apply<kN, kD>(ds[0], o[0]);
+    Left<T, kN> left[1];
+    left[0].set(ds[0]);
+    multiply<T, kD, 1, kN>(o, left, y1);
+  }
+
+  // The warp's rows of dq, dk or dv, times factor, by way of `from`; of prompts to `sums`.
+  LK_DEVICE void store(T* from, float (&o)[kD / 8][4], const float (&factor)[2], const Heads<T>& to, bool sixteens,
+                       float* sums) const {
+    const int D = int(in().D);
+    if (!kOwnsQueries && sums) return store_sums<T, kD>(sums, o, factor, operands(), tile, lens.row);
+    const bool adds = kOwnsQueries && task.added.rows.data;
+    if (adds) {
+      const int row = lens.row[0];
+      const T* const added[2] = {task.added.row(operands(), tile, row), task.added.row(operands(), tile, row + 8)};
+      const float by[2] = {task.added.by(operands(), tile, row), task.added.by(operands(), tile, row + 8)};
+      add_rows<T, kD>(o, factor, added, by, D);
+    }
+    const float rest[2] = {adds ? 1.0f : factor[0], adds ? 1.0f : factor[1]};
     __syncwarp();
-    put_fragment<T, kD>(from, o, factor);
+    put_fragment<T, kD>(from, o, rest);
     __syncwarp();
     store_tile<T, kD, 16>(from, sixteens, D, [&](int r) {
-      if constexpr (kOwnsQueries) return query_row(to, operands, tile, tile.first + warp_row + r);
-      return key_row(to, operands, tile, tile.first + warp_row + r);
+      if constexpr (kOwnsQueries) return query_row(to, operands(), tile, tile.first + warp_row() + r);
+      return key_row(to, operands(), tile, tile.first + warp_row() + r);
     });
-  };
-  if constexpr (kSecond)
-    store(shared.x1[warp_row], o2[0], 1.0f / lift, 1.0f / lift, task.p.dv, task.dv_sixteens, task.dv_sums);
+  }
+};
+
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    attention_backward_kernel(const BackwardTask<typename Shape::T> task) {
+  using T = typename Shape::T;
+  constexpr int kD = Shape::kD, kN = Shape::kN;
+  constexpr bool kOwnsQueries = Shape::kOwnsQueries, kFirst = Shape::kFirst, kSecond = Shape::kSecond;
+  LK_DYNAMIC_SHARED(typename Shape::Storage, shared);
+  const Tile tile = kOwnsQueries ? find_query_tile(task.operands, Shape::kRows, blockIdx.x)
+                                 : find_key_tile(task.operands, Shape::kRows, blockIdx.x);
+  if (tile.first >= tile.rows) return;
+  PassBlock<Shape> block{task, shared, tile};
+  const auto [low, high] = block.look();
+  T *x1 = shared.x1[block.warp_row()], *x2 = shared.x2[kFirst ? block.warp_row() : 0];
+  float o1[1][kFirst ? kD / 8 : 1][4] = {}, o2[1][kSecond ? kD / 8 : 1][4] = {};
+  Growth growth;
+  const float lift = task.gate ? 1.0f : float(1 << Shape::kLift);
+  const float* weights = task.gate ? task.weights + row_index(task.operands, tile, 0) : nullptr;
+  if (low < high) {
+    block.load_rows();
+    block.load_columns(0, low);
+  }
+  if constexpr (kOwnsQueries) {
+    if (task.exact || block.drowned()) block.sum_deltas(low, high);
+  }
+  for (int at = low, stage = 0; at < high; at += kN, stage ^= 1) {
+    cp_async_wait<0>();
+    __syncthreads();  // this tile is here, and nobody reads the other any more
+    if (at + kN < high) block.load_columns(stage ^ 1, at + kN);
+    T *y1 = shared.y1[stage][0], *y2 = shared.y2[stage][0];
+    float s[1][kN / 8][4] = {};
+    dot_rows<T, kD, 1, kN>(s, x1, y1);
+    block.lens.column0 = at;
+    block.lens.columns = y1;
+    const bool seen = weigh<Shape>(s[0], task, tile, block.lens, weights);
+    if (!__any_sync(~0u, seen)) continue;
+    if constexpr (kSecond) block.add_values(o2, s[0], lift, y2);
+    if constexpr (kFirst) block.add_scores(o1, s[0], x2, y1, y2, growth);
+  }
+  if constexpr (kSecond) block.store(x1, o2[0], {1.0f / lift, 1.0f / lift}, task.p.dv, task.dv_sixteens, task.dv_sums);
   if constexpr (kFirst) {
     const bool grown = std::is_same_v<T, float16>;
-    const float scale = in.scale;
-    store(shared.x2[warp_row], o1[0], grown ? scale / growth.by[0] : scale, grown ? scale / growth.by[1] : scale,
-          kOwnsQueries ? task.p.dq : task.p.dk, kOwnsQueries ? task.dq_sixteens : task.dk_sixteens, task.dk_sums);
+    const float scale = task.operands.in.scale;
+    block.store(x2, o1[0], {grown ? scale / growth.by[0] : scale, grown ? scale / growth.by[1] : scale},
+                kOwnsQueries ? task.p.dq : task.p.dk, kOwnsQueries ? task.dq_sixteens : task.dk_sixteens, task.dk_sums);
   }
 }
 

@@ -8,6 +8,11 @@ namespace llamakern::cuda {
 template <int kM>
 struct Softmax {
   float m[kM][2], l[kM][2], rounded[kM][2];
+
+  LK_DEVICE Softmax() {
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) m[i / 2][i % 2] = -INFINITY, l[i / 2][i % 2] = rounded[i / 2][i % 2] = 0.0f;
+  }
 };
 
 // Scores of the warp's columns from key j0 on, in powers of two, -inf where hidden. Whether any is not.

@@ -11,6 +11,7 @@
 namespace llamakern::cuda {
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr size_t kMostShared = 99 << 10;  // bytes that a block may have on every card from sm_80 on
 
 LK_DEVICE int lane_id() { return int(threadIdx.x) % 32; }
 LK_DEVICE int warp_id() { return int(threadIdx.x) / 32; }

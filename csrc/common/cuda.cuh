@@ -36,9 +36,10 @@ void allow_shared([[maybe_unused]] Function* function, [[maybe_unused]] size_t b
   if (bytes <= 48 * 1024) return;
   const cudaError_t status =
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("shared memory of ") + std::to_string(bytes) +
-                             " bytes: " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // else the next launch would be blamed for it
+  throw std::runtime_error(std::string("shared memory of ") + std::to_string(bytes) +
+                           " bytes: " + cudaGetErrorString(status));
 #endif
 }
 

@@ -321,6 +321,24 @@ inline dim3 tiles_of(int64_t M, int64_t N) {
   return dim3(unsigned(ceil_div(M, Tile::kRows) * ceil_div(N, Tile::kColumns)));
 }
 
+// The kernel over them; nothing where C is empty.
+template <typename Tile, typename Kernel, typename... Arguments>
+void launch_tiles(const char* name, Kernel kernel, int64_t M, int64_t N, Stream stream, const Arguments&... arguments) {
+  if (M * N == 0) return;
+  allow_shared(kernel, sizeof(typename Tile::Shared));
+  LK_LAUNCH_AS(name, kernel, tiles_of<Tile>(M, N), Tile::kThreads, sizeof(typename Tile::Shared), stream)(arguments...);
+  check_launch(name);
+}
+
+// fn<Tile>() with the tile that suits C [M][N].
+template <typename T, typename Fn>
+void with_tile(int64_t M, int64_t N, const Fn& fn) {
+  if (wants_large<T>(M, N))
+    fn.template operator()<LargeTile<T>>();
+  else
+    fn.template operator()<SmallTile<T>>();
+}
+
 // Where the block's tile lies. Blocks that run together share rows of U and of V: eight tiles down, then to the right.
 template <typename Tile>
 struct TileAt {

@@ -31,8 +31,8 @@ template <int MV>
 constexpr int kRows = kTileVecs * kTileRows / MV;  // rows of a tile: the same registers for fewer lanes
 static_assert(kPanelRows % kRows<1> == 0 && kPanelRows % kRows<kTileVecs> == 0);
 template <int MV>
-constexpr int kDepth =
-    MV <= kTileVecs / 2 ? 256 : 128;  // words of a block of the reduction: a strip's share stays in L1
+constexpr int kDepth =  // words of a block of the reduction: a strip's share stays in L1
+    (MV <= kTileVecs / 2 ? 2 : 1) * kSumWords;
 
 // fn<MV>() with the strips for `lanes` lanes: full ones, or one that is narrower.
 template <typename Fn>

@@ -18,10 +18,20 @@ const char* isa_name(Isa isa) {
   }
 }
 
+static bool built(Isa isa) {
+#ifdef LK_ISAS
+  const std::string all = "," LK_ISAS ",";
+  return all.find(std::string(",") + isa_name(isa) + ",") != std::string::npos;
+#else
+  return true;
+#endif
+}
+
 bool isa_supported(Isa isa) {
 #if defined(LK_HOST_CUDA)
   return isa == Isa::kCudaHost;
 #elif defined(__x86_64__)
+  if (!built(isa)) return false;
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -32,7 +42,7 @@ bool isa_supported(Isa isa) {
     default: return false;
   }
 #elif defined(__aarch64__)
-  return isa == Isa::kNeon;
+  return isa == Isa::kNeon && built(isa);
 #else
   return false;
 #endif

@@ -14,7 +14,7 @@ enum class Isa { kAvx2, kAvx512, kAvx512Bf16, kNeon, kCudaHost, kCount };
 
 #define LK_EXPORT __attribute__((visibility("default")))  // seen outside the op library: llamakern._C asks these
 LK_EXPORT const char* isa_name(Isa isa);
-LK_EXPORT bool isa_supported(Isa isa);  // by this machine
+LK_EXPORT bool isa_supported(Isa isa);  // by this machine and this build
 LK_EXPORT Isa chosen_isa();  // throws std::invalid_argument if LLAMAKERN_ISA names a set that the machine lacks
 LK_EXPORT void use_isa(const std::string& name);  // from now on; tests run every set in one process
 

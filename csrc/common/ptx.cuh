@@ -15,15 +15,17 @@
 // ---- launch and dynamic shared memory -------------------------------------------------------------------------------
 
 // LK_LAUNCH(kernel, grid, block, shared_bytes, stream)(arguments);   LK_DYNAMIC_SHARED(Storage, s);  s.tile[...]
+// LK_LAUNCH_AS("its name", kernel, ...) where `kernel` is a variable: what the harness calls it in its reports.
+#define LK_LAUNCH(kernel, ...) LK_LAUNCH_AS(#kernel, kernel, __VA_ARGS__)
 #ifdef __CUDACC__
-#define LK_LAUNCH(kernel, grid, block, shared_bytes, stream) \
+#define LK_LAUNCH_AS(name, kernel, grid, block, shared_bytes, stream) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>
 #define LK_DYNAMIC_SHARED(Type, name)                             \
   extern __shared__ __align__(128) unsigned char dynamic_bytes[]; \
   Type& name = *reinterpret_cast<Type*>(dynamic_bytes)
 #else
-#define LK_LAUNCH(kernel, grid, block, shared_bytes, stream) \
-  ((void)(stream), host::launch(#kernel, kernel, grid, block, shared_bytes))
+#define LK_LAUNCH_AS(name, kernel, grid, block, shared_bytes, stream) \
+  ((void)(stream), host::launch(name, kernel, grid, block, shared_bytes))
 #define LK_DYNAMIC_SHARED(Type, name) Type& name = *static_cast<Type*>(host::dynamic_shared(sizeof(Type)))
 #endif
 
@@ -259,60 +261,29 @@ LK_DEVICE void ldmatrix_meaning(uint32_t (&r)[kTiles], const void* row) {
 }
 #endif
 
-template <bool kTranspose = false>
-LK_DEVICE void ldmatrix(uint32_t (&r)[1], const void* row) {
-#ifndef __CUDACC__
-  ldmatrix_meaning<1, kTranspose>(r, row);
-#else
-  if (kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(shared_address(row))
-                 : "memory");
+template <bool kTranspose = false, int kTiles>
+LK_DEVICE void ldmatrix(uint32_t (&r)[kTiles], const void* row) {
+  static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4);
+#ifdef __CUDACC__
+  const uint32_t at = shared_address(row);
+#define LK_LDMATRIX(shape, operands, ...)                                          \
+  if constexpr (kTranspose)                                                        \
+    asm volatile("ldmatrix.sync.aligned.m8n8." shape ".trans.shared.b16 " operands \
+                 : __VA_ARGS__                                                     \
+                 : "r"(at)                                                         \
+                 : "memory");                                                      \
+  else                                                                             \
+    asm volatile("ldmatrix.sync.aligned.m8n8." shape ".shared.b16 " operands : __VA_ARGS__ : "r"(at) : "memory")
+  if constexpr (kTiles == 1) {
+    LK_LDMATRIX("x1", "{%0}, [%1];", "=r"(r[0]));
+  } else if constexpr (kTiles == 2) {
+    LK_LDMATRIX("x2", "{%0, %1}, [%2];", "=r"(r[0]), "=r"(r[1]));
   } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(shared_address(row))
-                 : "memory");
+    LK_LDMATRIX("x4", "{%0, %1, %2, %3}, [%4];", "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]));
   }
-#endif
-}
-
-template <bool kTranspose = false>
-LK_DEVICE void ldmatrix(uint32_t (&r)[2], const void* row) {
-#ifndef __CUDACC__
-  ldmatrix_meaning<2, kTranspose>(r, row);
+#undef LK_LDMATRIX
 #else
-  if (kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(row))
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(row))
-                 : "memory");
-  }
-#endif
-}
-
-template <bool kTranspose = false>
-LK_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
-#ifndef __CUDACC__
-  ldmatrix_meaning<4, kTranspose>(r, row);
-#else
-  if (kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-  }
+  ldmatrix_meaning<kTiles, kTranspose>(r, row);
 #endif
 }
 

@@ -101,20 +101,36 @@ inline __attribute__((always_inline)) void dots(Vec (&acc)[NR][MV], const uint32
   }
 }
 
-// C[NR][ldc] = (add ? C : 0) + A·B, the tile read and written once.
+// The words whose products make one sum; the sums are added to C one after another. Rounding then grows with the number
+// of sums and with this length, not with the whole reduction, and how that is cut into multiples of it changes no bit.
+constexpr int64_t kSumWords = 128;
+
+// C[NR][ldc] = (add ? C : 0) + acc
+template <int MV, int NR>
+inline __attribute__((always_inline)) void put_sums(float* c, int64_t ldc, bool add, const Vec (&acc)[NR][MV]) {
+#pragma GCC unroll 32
+  for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < MV; ++v) {
+      float* const to = c + r * ldc + v * kLanes;
+      store(to, add ? load(to) + acc[r][v] : acc[r][v]);
+    }
+}
+
+// C[NR][ldc] = (add ? C : 0) + A·B
 template <typename W, int MV, int NR, int RS, int KS>
 __attribute__((noinline)) static void tile(float* c, int64_t ldc, bool add, const uint32_t* a, int64_t lda,
                                            const uint32_t* b, int64_t words) {
-  Vec acc[NR][MV];
-#pragma GCC unroll 32
-  for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < MV; ++v) acc[r][v] = add ? load(c + r * ldc + v * kLanes) : Vec{};
-  dots<W, MV, NR, RS, KS>(acc, a, lda, b, words);
-#pragma GCC unroll 32
-  for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < MV; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
+  do {
+    const int64_t now = words < kSumWords ? words : kSumWords;
+    Vec acc[NR][MV] = {};
+    dots<W, MV, NR, RS, KS>(acc, a, lda, b, now);
+    put_sums(c, ldc, add, acc);
+    add = true;
+    a += now * lda;
+    b += now * KS;
+    words -= now;
+  } while (words > 0);
 }
 
 // r[i][j] <-> r[j][i]

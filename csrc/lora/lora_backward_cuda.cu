@@ -1,28 +1,9 @@
 // LoRA backward on the GPU: g = dy B, then dx with g A as the first term of the base's sums, then dA and dB.
-#include "../nf4/nf4_decode.cuh"
 #include "lora_tile.cuh"
 
 namespace llamakern::cuda {
 
 // ---------------------------------------------------------------------------- dx
-
-// W [N][K] as it stands, or in NF4; the reduction runs down its columns.
-template <typename T>
-struct DenseColumns {
-  const T* w;
-  int64_t N, K;
-
-  LK_DEVICE Range range(int64_t, int64_t) const { return {}; }
-  LK_DEVICE Columns<T> operand(float) const { return {w, K, N, K}; }
-};
-
-template <typename T>
-struct Nf4Columns {
-  Nf4Matrix w;
-
-  LK_DEVICE Range range(int64_t k, int64_t k_end) const { return range_of<T>(w, 0, w.N, k, k_end); }
-  LK_DEVICE Nf4Operand<T, true> operand(float down) const { return Nf4Operand<T, true>(w, down); }
-};
 
 template <typename T, typename Base>
 struct Dx {
@@ -54,14 +35,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) lora_dx_kernel(
     const int64_t m = at.m + i, k = at.n + j;
     if (m < p.M && k < p.K) p.dx[m * p.K + k] = narrow<T>(sum * range.up);
   });
-}
-
-template <typename Tile, typename T, typename Base>
-void launch_dx(const Dx<T, Base>& p, Stream stream) {
-  const auto kernel = lora_dx_kernel<T, Tile, Base>;
-  allow_shared(kernel, sizeof(typename Tile::Shared));
-  LK_LAUNCH(kernel, tiles_of<Tile>(p.M, p.K), Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
-  check_launch("lora_dx_kernel");
 }
 
 // ---------------------------------------------------------------------------- dA and dB
@@ -154,10 +127,9 @@ void backward(T* dx, const Base& base, const AdapterBackward<T, P>& p, void* wor
   if (dx && M * K > 0) {
     const auto a = lora.parts_of_a(pieces, stream);
     const Dx<T, Base> d{dx, g_parts, a, p.dy, p.dy_row, base, lora.drop, lora.scale, M, N, K, R};
-    if (wants_large<T>(M, K))
-      launch_dx<LargeTile<T>>(d, stream);
-    else
-      launch_dx<SmallTile<T>>(d, stream);
+    with_tile<T>(M, K, [&]<typename Tile>() {
+      launch_tiles<Tile>("lora_dx_kernel", lora_dx_kernel<T, Tile, Base>, M, K, stream, d);
+    });
   }
   Gradient<T> da{}, db{};
   if constexpr (std::is_same_v<P, T>)
@@ -187,7 +159,7 @@ int64_t backward_bytes(const AdapterBackward<T, P>& p) {
 
 template <typename T, typename P>
 void lora_linear_backward(const LoraLinearBackward<T, P>& p, void* workspace, Stream stream) {
-  backward(p.dx, DenseColumns<T>{p.w, p.adapter.N, p.adapter.K}, p.adapter, workspace, stream);
+  backward(p.dx, DenseBase<T, true>{p.w, p.adapter.N, p.adapter.K}, p.adapter, workspace, stream);
 }
 template <typename T, typename P>
 int64_t lora_linear_backward_bytes(const LoraLinearBackward<T, P>& p) {
@@ -196,7 +168,7 @@ int64_t lora_linear_backward_bytes(const LoraLinearBackward<T, P>& p) {
 
 template <typename T, typename P>
 void nf4_lora_linear_backward(const Nf4LoraLinearBackward<T, P>& p, void* workspace, Stream stream) {
-  backward(p.dx, Nf4Columns<T>{p.w}, p.adapter, workspace, stream);
+  backward(p.dx, Nf4Base<T, true>{p.w}, p.adapter, workspace, stream);
 }
 template <typename T, typename P>
 int64_t nf4_lora_linear_backward_bytes(const Nf4LoraLinearBackward<T, P>& p) {

@@ -6,24 +6,6 @@ namespace llamakern::cuda {
 
 // ---------------------------------------------------------------------------- one reduction over adapter and base
 
-// W [N][K] as it stands, or in NF4.
-template <typename T>
-struct DenseBase {
-  const T* w;
-  int64_t N, K;
-
-  LK_DEVICE Range range(int64_t, int64_t) const { return {}; }
-  LK_DEVICE Rows<T> operand(float) const { return {w, K, N, K}; }
-};
-
-template <typename T>
-struct Nf4Base {
-  Nf4Matrix w;
-
-  LK_DEVICE Range range(int64_t n, int64_t n_end) const { return range_of<T>(w, n, n_end, 0, w.K); }
-  LK_DEVICE Nf4Operand<T, false> operand(float down) const { return Nf4Operand<T, false>(w, down); }
-};
-
 template <typename T, typename Base>
 struct Wide {
   T* y;
@@ -56,21 +38,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) lora_linear_ker
   });
 }
 
-template <typename Tile, typename T, typename Base>
-void launch_wide(const Wide<T, Base>& p, Stream stream) {
-  const auto kernel = lora_linear_kernel<T, Tile, Base>;
-  allow_shared(kernel, sizeof(typename Tile::Shared));
-  LK_LAUNCH(kernel, tiles_of<Tile>(p.M, p.N), Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
-  check_launch("lora_linear_kernel");
-}
-
 template <typename T, typename Base>
 void wide(const Wide<T, Base>& p, Stream stream) {
-  if (p.M * p.N == 0) return;
-  if (wants_large<T>(p.M, p.N))
-    launch_wide<LargeTile<T>>(p, stream);
-  else
-    launch_wide<SmallTile<T>>(p, stream);
+  with_tile<T>(p.M, p.N, [&]<typename Tile>() {
+    launch_tiles<Tile>("lora_linear_kernel", lora_linear_kernel<T, Tile, Base>, p.M, p.N, stream, p);
+  });
 }
 
 // ---------------------------------------------------------------------------- beside a base that is there already
@@ -119,11 +91,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) lora_beside_ker
 
 template <typename T>
 void beside(const Beside<T>& p, Stream stream) {
-  if (p.M * p.N == 0) return;
-  using Tile = SmallTile<T>;
-  const auto kernel = lora_beside_kernel<T, Tile>;
-  LK_LAUNCH(kernel, tiles_of<Tile>(p.M, p.N), Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
-  check_launch("lora_beside_kernel");
+  launch_tiles<SmallTile<T>>("lora_beside_kernel", lora_beside_kernel<T, SmallTile<T>>, p.M, p.N, stream, p);
 }
 
 // ---------------------------------------------------------------------------- a few tokens over NF4
@@ -186,21 +154,6 @@ __global__ void __launch_bounds__(kDownThreads) lora_few_down_kernel(const FewDo
   p.h[m * p.R + blockIdx.x] = total * p.drop.keep_scale;
 }
 
-// s·h Bᵀ
-template <typename T>
-struct AdapterTerm {
-  const float* h;
-  Either<T> b;
-  int64_t R;
-  float scale;
-
-  LK_DEVICE float share(int64_t m, int64_t n, int first, int step) const {
-    float sum = 0.0f;
-    for (int64_t r = first; r < R; r += step) sum = fmaf(h[m * R + r] * scale, b[n * R + r], sum);
-    return sum;
-  }
-};
-
 template <typename T>
 void few_down(const FewDown<T>& p, Stream stream) {
   if (p.M * p.R == 0) return;
@@ -228,7 +181,8 @@ void lora_linear(const LoraLinear<T, P>& p, void* workspace, Stream stream) {
   if (p.base)
     beside(Beside<T>{p.y, h, b, p.base, p.x, p.x_row, p.w, p.bias, lora.scale, M, N, K, lora.R}, stream);
   else
-    wide(Wide<T, DenseBase<T>>{p.y, h, b, p.x, p.x_row, {p.w, N, K}, p.bias, lora.scale, M, N, K, lora.R}, stream);
+    wide(Wide<T, DenseBase<T, false>>{p.y, h, b, p.x, p.x_row, {p.w, N, K}, p.bias, lora.scale, M, N, K, lora.R},
+         stream);
 }
 
 template <typename T, typename P>
@@ -246,7 +200,7 @@ void nf4_lora_linear(const Nf4LoraLinear<T, P>& p, void* workspace, Stream strea
   const AdapterTerm<T> term{p.h, {lora.b, lora.wide_b}, lora.R, lora.scale};
   if (nf4_few_tokens(linear, term, stream)) return;
   const auto b = lora.parts_of_b(pieces, stream);
-  wide(Wide<T, Nf4Base<T>>{p.y, h, b, p.x, p.x_row, {p.w}, p.bias, lora.scale, M, N, K, lora.R}, stream);
+  wide(Wide<T, Nf4Base<T, false>>{p.y, h, b, p.x, p.x_row, {p.w}, p.bias, lora.scale, M, N, K, lora.R}, stream);
 }
 
 template <typename T, typename P>

@@ -5,7 +5,7 @@
 // values is high·high + low·high + high·low: 16 bits of precision, and the range of float32 for h and g of float16. The
 // parts stand in the workspace.
 #pragma once
-#include "../common/gemm.cuh"
+#include "../nf4/nf4_decode.cuh"
 #include "lora.h"
 
 namespace llamakern::cuda {
@@ -180,6 +180,46 @@ struct Kept {
   }
 };
 
+// ---------------------------------------------------------------------------- the base
+
+// W [N][K] as it stands, or in NF4: of y = x Wᵀ (kAcross = false) or of dx = dy W (true), whose tile has columns
+// [begin, end).
+template <typename T, bool kAcross>
+struct DenseBase {
+  const T* w;
+  int64_t N, K;
+
+  LK_DEVICE Range range(int64_t, int64_t) const { return {}; }
+  LK_DEVICE Dense<T, kAcross> operand(float) const { return {w, K, N, K}; }
+};
+
+template <typename T, bool kAcross>
+struct Nf4Base {
+  Nf4Matrix w;
+
+  LK_DEVICE Range range(int64_t begin, int64_t end) const {
+    return kAcross ? range_of<T>(w, 0, w.N, begin, end) : range_of<T>(w, begin, end, 0, w.K);
+  }
+  LK_DEVICE Nf4Operand<T, kAcross> operand(float down) const { return Nf4Operand<T, kAcross>(w, down); }
+};
+
+// ---------------------------------------------------------------------------- beside a few tokens
+
+// s·h Bᵀ
+template <typename T>
+struct AdapterTerm {
+  const float* h;
+  Either<T> b;
+  int64_t R;
+  float scale;
+
+  LK_DEVICE float share(int64_t m, int64_t n, int first, int step) const {
+    float sum = 0.0f;
+    for (int64_t r = first; r < R; r += step) sum = fmaf(h[m * R + r] * scale, b[n * R + r], sum);
+    return sum;
+  }
+};
+
 // ---------------------------------------------------------------------------- h and g
 
 // out [M][R] = factor·Σ U Vᵀ and its parts: h = drop(x) Aᵀ (kAcross = false, V = A [R][depth]) or g = dy B (true, V = B
@@ -255,7 +295,7 @@ Parts<AdapterElement<T>> lora_narrow(Pieces& pieces, Narrow<T> p, bool low, Stre
   dim3 grid = tiles_of<Tile>(p.M, p.R);
   grid.y = unsigned(p.pieces);
   const auto kernel = lora_narrow_kernel<T, kAcross>;
-  LK_LAUNCH(kernel, grid, Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
+  LK_LAUNCH_AS("lora_narrow_kernel", kernel, grid, Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
   check_launch("lora_narrow_kernel");
   const unsigned blocks = unsigned(ceil_div(p.M * p.R, kSplitThreads));
   LK_LAUNCH(lora_narrow_sum_kernel<T>, dim3(blocks), kSplitThreads, 0, stream)(p);

@@ -17,9 +17,12 @@ static constexpr int64_t kChunkBytes = int64_t(256) << 20;  // of P
 #endif
 static constexpr int kListThreads = 1024, kThreads = 256;
 
-// P is a float16 times kLift and over the largest |g|: small probabilities would else lie below its range.
+// P of float16 is times kLift and over the largest |g|: small probabilities would else lie below its range. It is a sum
+// of two: alone its rounding would be the error of gradients that a loss scale was to lift out of it.
 template <typename T>
 static constexpr float kLift = std::is_same_v<T, float16> ? 0x1p15f : 1.0f;
+template <typename T>
+static constexpr int kParts = std::is_same_v<T, float16> ? 2 : 1;
 
 // ---------------------------------------------------------------------------- memory
 
@@ -38,7 +41,7 @@ struct LossChunk {
   float *top, *total;      // [rows][tiles]    largest score, Σ exp(score - largest); then what makes P of exponentials
   float *score, *certain;  // [rows]           of the label; its P
   T* h;                    // [rows][h_pitch]
-  T* probs;                // [rows][pitch]    exp(score - largest)·kLift, then P
+  T *probs, *low;          // [rows][pitch]    exp(score - largest)·kLift, then P; what it rounds off, or null
   float* sum;              // [V][C]           of dW over the chunks, null where dw can hold it or there is one chunk
 
   LK_HD int64_t here() const { return max64(0, min64(rows, *count - from)); }
@@ -57,7 +60,7 @@ static int64_t lay_out(LossChunk<T>& k, const LinearCrossEntropy<T>& p, void* wo
   k.h_pitch = round_up(p.C, kPack<T>);
   // A 16-bit dW that is summed over chunks needs `sum`. Tokens whose P takes no more memory than that go at once.
   const int64_t sum_bytes = p.dw && sizeof(T) == 2 ? p.V * p.C * int64_t(sizeof(float)) : 0;
-  const int64_t row_bytes = max64(1, k.backward ? k.pitch * int64_t(sizeof(T)) : k.tiles * 8);
+  const int64_t row_bytes = max64(1, k.backward ? k.pitch * int64_t(sizeof(T)) * kParts<T> : k.tiles * 8);
   constexpr int64_t step = LargeTile<T>::kRows;
   const int64_t at_once = max64(step, max64(kChunkBytes, sum_bytes) / row_bytes / step * step);
   k.chunks = max64(1, ceil_div(p.M, at_once));
@@ -78,12 +81,34 @@ static int64_t lay_out(LossChunk<T>& k, const LinearCrossEntropy<T>& p, void* wo
   take(k.certain, k.rows);
   take(k.h, k.rows * k.h_pitch);
   take(k.probs, k.backward ? k.rows * k.pitch : 0);
+  take(k.low, k.backward && kParts<T> == 2 ? k.rows * k.pitch : 0);
   take(k.sum, k.chunks > 1 ? sum_bytes / int64_t(sizeof(float)) : 0);
   if (k.chunks == 1 || sum_bytes == 0) k.sum = nullptr;
   return at - static_cast<char*>(workspace);
 }
 
 // ---------------------------------------------------------------------------- kernels
+
+// A pack of P, from element `at` on.
+template <typename T>
+static LK_DEVICE void load_pack(float (&x)[kPack<T>], const LossChunk<T>& k, int64_t at) {
+  load(x, k.probs + at);
+  if constexpr (kParts<T> == 2) {
+    float low[kPack<T>];
+    load(low, k.low + at);
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) x[i] += low[i];
+  }
+}
+template <typename T>
+static LK_DEVICE void store_pack(const LossChunk<T>& k, int64_t at, float (&x)[kPack<T>]) {
+  store(k.probs + at, x);
+  if constexpr (kParts<T> == 2) {
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) x[i] -= widen(narrow<T>(x[i]));
+    store(k.low + at, x);
+  }
+}
 
 // The list of the tokens that count, in order, by one block.
 template <typename T>
@@ -180,7 +205,7 @@ __global__ void __launch_bounds__(LargeTile<T>::kThreads, LargeTile<T>::kBlocks)
     float e[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) e[j] = n + j < columns ? scores[m * kLine + n + j] : 0.0f;
-    store(k.probs + (at.m + m) * k.pitch + at.n + n, e);
+    store_pack(k, (at.m + m) * k.pitch + at.n + n, e);
   }
 }
 
@@ -219,12 +244,11 @@ __global__ void __launch_bounds__(kThreads) loss_probabilities_kernel(const Loss
   if (row >= k.here() || v >= k.p.V) return;
   const float scale = k.total[row * k.tiles + v / kVocabTile<T>];
   const int64_t label = k.p.labels[k.tokens[k.from + row]] - v;
-  T* const probs = k.probs + row * k.pitch + v;
   float e[N];
-  load(e, probs);
+  load_pack(e, k, row * k.pitch + v);
 #pragma unroll
   for (int i = 0; i < N; ++i) e[i] = i == label ? k.certain[row] : e[i] * scale;
-  store(probs, e);
+  store_pack(k, row * k.pitch + v, e);
 }
 
 // dh = P W, a tile for each block.
@@ -236,7 +260,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) loss_dh_kernel(
   const int64_t rows = k.here();
   if (at.m >= rows) return;
   Tile tile;
-  tile.add(shared, Rows<T>{k.probs, k.pitch, rows, p.V}, Columns<T>{p.w, p.w_row, p.V, p.C}, at.m, at.n, p.V);
+#pragma unroll 1
+  for (int part = 0; part < kParts<T>; ++part)
+    tile.add(shared, Rows<T>{part ? k.low : k.probs, k.pitch, rows, p.V}, Columns<T>{p.w, p.w_row, p.V, p.C}, at.m,
+             at.n, p.V);
   const float back = 1.0f / *k.unit;
   tile.each([&](int i, int j, float sum) LK_INLINE {
     const int64_t row = at.m + i, c = at.n + j;
@@ -259,7 +286,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) loss_dw_kernel(
   const TileAt<Tile> at(p.V, p.C);
   const int64_t rows = k.here();
   Tile tile;
-  tile.add(shared, Columns<T>{k.probs, k.pitch, rows, p.V}, Columns<T>{k.h, k.h_pitch, rows, p.C}, at.m, at.n, rows);
+#pragma unroll 1
+  for (int part = 0; part < kParts<T>; ++part)
+    tile.add(shared, Columns<T>{part ? k.low : k.probs, k.pitch, rows, p.V}, Columns<T>{k.h, k.h_pitch, rows, p.C},
+             at.m, at.n, rows);
   const float back = 1.0f / *k.unit;
   tile.each([&](int i, int j, float sum) LK_INLINE {
     const int64_t v = at.m + i, c = at.n + j;
@@ -299,25 +329,13 @@ static int64_t loss_bytes(const LinearCrossEntropy<T>& p) {
   return lay_out(k, p, nullptr);
 }
 
-// A matmul of the chunk: kernel<Tile> over C [M][N].
-template <typename Tile, typename Kernel, typename... Arguments>
-static void multiply(const char* name, Kernel kernel, int64_t M, int64_t N, Stream stream,
-                     const Arguments&... arguments) {
-  if (M * N == 0) return;
-  allow_shared(kernel, sizeof(typename Tile::Shared));
-  LK_LAUNCH(kernel, tiles_of<Tile>(M, N), Tile::kThreads, sizeof(typename Tile::Shared), stream)(arguments...);
-  check_launch(name);
-}
-
 template <typename T>
 static void run_chunk(const LossChunk<T>& k, bool last, Stream stream) {
-  using Large = LargeTile<T>;
-  using Small = SmallTile<T>;
   const auto& p = k.p;
   const unsigned rows = unsigned(k.rows), warps = kThreads / kWarp;
   LK_LAUNCH(loss_gather_kernel<T>, rows, kThreads, 0, stream)(k);
   check_launch("loss_gather_kernel");
-  multiply<Large>("loss_scores_kernel", loss_scores_kernel<T>, k.rows, p.V, stream, k);
+  launch_tiles<LargeTile<T>>("loss_scores_kernel", loss_scores_kernel<T>, k.rows, p.V, stream, k);
   LK_LAUNCH(loss_rows_kernel<T>, unsigned(ceil_div(rows, warps)), dim3(kWarp, warps), 0, stream)(k);
   check_launch("loss_rows_kernel");
   if (!k.backward) return;
@@ -326,14 +344,14 @@ static void run_chunk(const LossChunk<T>& k, bool last, Stream stream) {
     LK_LAUNCH(loss_probabilities_kernel<T>, rows * blocks, kThreads, 0, stream)(k, blocks);
     check_launch("loss_probabilities_kernel");
   }
-  if (p.dh && wants_large<T>(k.rows, p.C))
-    multiply<Large>("loss_dh_kernel", loss_dh_kernel<T, Large>, k.rows, p.C, stream, k);
-  else if (p.dh)
-    multiply<Small>("loss_dh_kernel", loss_dh_kernel<T, Small>, k.rows, p.C, stream, k);
-  if (p.dw && wants_large<T>(p.V, p.C))
-    multiply<Large>("loss_dw_kernel", loss_dw_kernel<T, Large>, p.V, p.C, stream, k, last);
-  else if (p.dw)
-    multiply<Small>("loss_dw_kernel", loss_dw_kernel<T, Small>, p.V, p.C, stream, k, last);
+  if (p.dh)
+    with_tile<T>(k.rows, p.C, [&]<typename Tile>() {
+      launch_tiles<Tile>("loss_dh_kernel", loss_dh_kernel<T, Tile>, k.rows, p.C, stream, k);
+    });
+  if (p.dw)
+    with_tile<T>(p.V, p.C, [&]<typename Tile>() {
+      launch_tiles<Tile>("loss_dw_kernel", loss_dw_kernel<T, Tile>, p.V, p.C, stream, k, last);
+    });
 }
 
 template <typename T>

@@ -58,7 +58,7 @@ template <typename T, typename Term>
 void nf4_few(const Nf4Linear<T>& p, const Term& term, Stream stream) {
   const dim3 grid(unsigned(ceil_div(p.w.N, kFewRows)));
   const auto kernel = p.M == 1 ? nf4_few_kernel<T, 1, Term> : nf4_few_kernel<T, kFewTokens, Term>;
-  LK_LAUNCH(kernel, grid, kFewThreads, 0, stream)(p, term);
+  LK_LAUNCH_AS("nf4_few_kernel", kernel, grid, kFewThreads, 0, stream)(p, term);
   check_launch("nf4_few_kernel");
 }
 

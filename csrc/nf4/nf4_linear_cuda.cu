@@ -21,22 +21,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) nf4_linear_kern
   });
 }
 
-template <typename T, typename Tile>
-void launch_linear(const Nf4Linear<T>& p, Stream stream) {
-  const auto kernel = nf4_linear_kernel<T, Tile>;
-  allow_shared(kernel, sizeof(typename Tile::Shared));
-  LK_LAUNCH(kernel, tiles_of<Tile>(p.M, p.w.N), Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
-  check_launch("nf4_linear_kernel");
-}
-
 template <typename T>
 void nf4_linear(const Nf4Linear<T>& p, void*, Stream stream) {
   if (p.M * p.w.N == 0) return;
   if (nf4_few_tokens(p, NoTerm(), stream)) return;
-  if (wants_large<T>(p.M, p.w.N))
-    launch_linear<T, LargeTile<T>>(p, stream);
-  else
-    launch_linear<T, SmallTile<T>>(p, stream);
+  with_tile<T>(p.M, p.w.N, [&]<typename Tile>() {
+    launch_tiles<Tile>("nf4_linear_kernel", nf4_linear_kernel<T, Tile>, p.M, p.w.N, stream, p);
+  });
 }
 
 template <typename T>
@@ -63,21 +54,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   });
 }
 
-template <typename T, typename Tile>
-void launch_backward(const Nf4LinearBackward<T>& p, Stream stream) {
-  const auto kernel = nf4_linear_backward_kernel<T, Tile>;
-  allow_shared(kernel, sizeof(typename Tile::Shared));
-  LK_LAUNCH(kernel, tiles_of<Tile>(p.M, p.w.K), Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
-  check_launch("nf4_linear_backward_kernel");
-}
-
 template <typename T>
 void nf4_linear_backward(const Nf4LinearBackward<T>& p, void*, Stream stream) {
-  if (p.M * p.w.K == 0) return;
-  if (wants_large<T>(p.M, p.w.K))
-    launch_backward<T, LargeTile<T>>(p, stream);
-  else
-    launch_backward<T, SmallTile<T>>(p, stream);
+  with_tile<T>(p.M, p.w.K, [&]<typename Tile>() {
+    launch_tiles<Tile>("nf4_linear_backward_kernel", nf4_linear_backward_kernel<T, Tile>, p.M, p.w.K, stream, p);
+  });
 }
 
 LK_CUDA_KERNEL(Nf4Linear<float>, nf4_linear<float>);

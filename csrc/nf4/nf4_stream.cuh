@@ -94,14 +94,14 @@ struct StreamStage {
   }
 };
 
-// y[m][n] = x Wᵀ + term(m, n) + bias
+// The two weights of each byte, a copy for each lane: no lookup waits for another. Later the sums of the warps.
+constexpr int kStreamTable = 256 * 32;
+
+// y[m][n] = x Wᵀ + term(m, n) + bias for the 32 rows of W that are this block's; `table` is shared memory.
 template <typename T, int kTiles, typename Term>
-__global__ void __launch_bounds__(kStreamThreads, kTiles == 1 ? 2 : 1)
-    nf4_stream_kernel(const Nf4Linear<T> p, const Term term) {
+LK_DEVICE void nf4_stream_rows(const Nf4Linear<T>& p, const Term& term, uint32_t* table) {
   constexpr int kAhead = 2, kTokens = 16 * kTiles;
-  // The two weights of each byte, a copy for each lane: no lookup waits for another. Later the sums of the warps.
-  __shared__ uint32_t table[256 * 32];
-  static_assert(kStreamWarps * kTokens * kStreamRows <= 256 * 32);
+  static_assert(kStreamWarps * kTokens * kStreamRows <= kStreamTable);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t n0 = int64_t(blockIdx.x) * kStreamRows, units = p.w.K / kStreamUnit;
 
@@ -150,10 +150,18 @@ __global__ void __launch_bounds__(kStreamThreads, kTiles == 1 ? 2 : 1)
   }
 }
 
+template <typename T, int kTiles, typename Term>
+__global__ void __launch_bounds__(kStreamThreads, kTiles == 1 ? 2 : 1)
+    nf4_stream_kernel(const Nf4Linear<T> p, const Term term) {
+  __shared__ uint32_t table[kStreamTable];
+  nf4_stream_rows<T, kTiles>(p, term, table);
+}
+
 template <typename T, typename Term>
 void nf4_stream(const Nf4Linear<T>& p, const Term& term, Stream stream) {
   const auto kernel = p.M <= 16 ? nf4_stream_kernel<T, 1, Term> : nf4_stream_kernel<T, 2, Term>;
-  LK_LAUNCH(kernel, dim3(unsigned(ceil_div(p.w.N, kStreamRows))), kStreamThreads, 0, stream)(p, term);
+  LK_LAUNCH_AS("nf4_stream_kernel", kernel, dim3(unsigned(ceil_div(p.w.N, kStreamRows))), kStreamThreads, 0, stream)(
+      p, term);
   check_launch("nf4_stream_kernel");
 }
 

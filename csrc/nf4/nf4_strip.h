@@ -8,8 +8,8 @@
 
 namespace llamakern::LK_ISA {
 
-constexpr int64_t kStripRows = 96;    // of a task; a multiple of every tile's rows
-constexpr int64_t kStripWords = 128;  // of a block of the reduction: its lanes, two panels and C stay in L1
+constexpr int64_t kStripRows = 96;          // of a task; a multiple of every tile's rows
+constexpr int64_t kStripWords = kSumWords;  // of a block of the reduction: its lanes, two panels and C stay in L1
 template <typename W>
 constexpr int64_t kStripK = kStripWords * W::kPer;  // weights of such a block, a whole number of groups
 static_assert(kStripK<FloatWords> % kGroup == 0);
@@ -85,12 +85,7 @@ __attribute__((noinline)) static void strip_tile(float* c, bool add, const uint3
                                                  int64_t words, const StripNext& next) {
   constexpr int NR = kRows<MV>, width = kWidth<MV>;
   constexpr int step = std::bit_floor(unsigned(kStripWords / NR));  // words for each row that is decoded
-  Vec acc[NR][MV];
-#pragma GCC unroll 32
-  for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < MV; ++v) acc[r][v] = add ? load(c + r * width + v * kLanes) : Vec{};
-
+  Vec acc[NR][MV] = {};
   const uint8_t *bytes = next.bytes, *late = next.late_bytes;
   const float *scales = next.scales, *late_scales = next.late_scales;
   uint32_t* out = next.panel;
@@ -114,10 +109,7 @@ __attribute__((noinline)) static void strip_tile(float* c, bool add, const uint3
     dots<W, MV, NR, kStripWords, 1>(acc, lanes + w * width, width, panel + w, step);
     if (row < rows) one_row();
   }
-#pragma GCC unroll 32
-  for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < MV; ++v) store(c + r * width + v * kLanes, acc[r][v]);
+  put_sums(c, width, add, acc);
   while (row < rows) one_row();  // the block was short
 }
 

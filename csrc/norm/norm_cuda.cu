@@ -12,7 +12,11 @@ namespace llamakern::cuda {
 static constexpr int kHeld = 4;          // packs of a row that a thread holds; what lies beyond is read twice
 static constexpr int kMaxThreads = 384;  // of a row
 static constexpr int kRowsOfWarps = 4;   // rows of threads in a block, where a row is one warp
+#ifdef LK_HOST_CUDA
+static constexpr int64_t kBlocks = 16;  // so that few rows are several for each
+#else
 static constexpr int64_t kBlocks = 512;  // at most, where dweight is wanted: about four for each multiprocessor
+#endif
 
 // fn(j, c): where this thread's packs of a row begin. Pack j is one of those held; j = kHeld for those that are not.
 template <int N, typename Fn>

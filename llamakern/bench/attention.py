@@ -1,43 +1,82 @@
 """Attention against torch's scaled_dot_product_attention: forward, backward, decoding over a cache, prompts.
 
 torch gets its inputs as it likes them best, contiguous (B, H, T, D); in decoding the query heads of a kv head stand as
-queries of one head, which it runs much faster than with enable_gqa, and two plain matmuls race too.
+queries of one head, which it runs much faster than with enable_gqa, and two plain matmuls race too. On a GPU each of
+torch's backends races by name beside the one that it chooses; "efficient" knows no groups and finds k and v repeated.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from llamakern import ops
 from llamakern.bench.cases import Case
-from llamakern.bench.clock import Rotating, relative_error
+from llamakern.bench.clock import Rotating, on_gpu, relative_error
 from llamakern.ops.attention import attention_reference
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def by_backend(call):
+    """call(backend) -> what is to be raced, for torch's own choice (None) and on a GPU for each of its backends; where
+    one refuses, its reason."""
+    found = {"torch": call(None)}
+    for name in BACKENDS if on_gpu() else ():
+        try:
+            found[f"torch {name}"] = call(name)
+        except RuntimeError as error:
+            found[f"torch {name}"] = str(error).splitlines()[0]
+    return found
+
+
+def causal(backend, q, k, v):
+    """torch's, on (B, H, T, D)."""
+    groups = {"is_causal": True, "enable_gqa": k.shape[1] != q.shape[1]}
+    if backend is None:
+        return sdpa(q, k, v, **groups)
+    with sdpa_kernel(BACKENDS[backend]):
+        return sdpa(q, k, v, **groups)
+
+
+def inputs_of(backend, q, k, v):
+    """In torch's layout, as the backend likes them."""
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    return [q, *(t.repeat_interleave(group, 1) if backend == "efficient" else t for t in (k, v))]
 
 
 def rows(table, label, dtype, *, B=1, T, H, Hkv, D):
     q, k, v, dy = (torch.randn(B, T, heads, D).to(dtype) for heads in (H, Hkv, Hkv, H))
-    theirs = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+
+    def forward(backend):
+        return partial(causal, backend, *inputs_of(backend, q, k, v))
+
+    def backward(backend):
+        leaves = [t.requires_grad_() for t in inputs_of(backend, q, k, v)]
+        return partial(torch.autograd.grad, causal(backend, *leaves), leaves, dy_theirs, retain_graph=True)
+
     sizes = {"flops": 2 * B * H * D * T * (T + 1), "bytes_moved": 2 * B * T * (H + Hkv) * D * dtype.itemsize}
     table.row(
         f"{label} forward",
-        {
-            "ours": lambda: ops.attention(q, k, v),
-            "torch": lambda: sdpa(*theirs, is_causal=True, enable_gqa=Hkv != H),
-        },
+        {"ours": lambda: ops.attention(q, k, v)} | by_backend(forward),
         **sizes,  # the visible half of two matmuls
         error=forward_error(q, k, v),
         dtype=dtype,
     )
-    ours, theirs = ([t.clone().requires_grad_() for t in tensors] for tensors in ((q, k, v), theirs))
-    y, y_theirs = ops.attention(*ours), sdpa(*theirs, is_causal=True, enable_gqa=Hkv != H)
+    ours = [t.clone().requires_grad_() for t in (q, k, v)]
+    y = ops.attention(*ours)
     dy_theirs = dy.transpose(1, 2).contiguous()
     table.row(
         f"{label} backward",
-        {
-            "ours": lambda: torch.autograd.grad(y, ours, dy, retain_graph=True),
-            "torch": lambda: torch.autograd.grad(y_theirs, theirs, dy_theirs, retain_graph=True),
-        },
+        {"ours": lambda: torch.autograd.grad(y, ours, dy, retain_graph=True)} | by_backend(backward),
         flops=sizes["flops"] * 5 // 2,
         bytes_moved=2 * sizes["bytes_moved"],
         error=backward_error(ours, y, dy),
@@ -80,13 +119,20 @@ def decode_rows(table, label, dtype, *, B=1, S, H, Hkv, D):
         k, v = theirs()
         return (grouped @ k.transpose(-1, -2)).mul_(D**-0.5).softmax(-1) @ v
 
+    def decode(backend):
+        def run():
+            with nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend]):
+                return sdpa(grouped, *theirs())
+
+        return run
+
     k, v = caches()
     truth = attention_reference(q.double(), k.double(), v.double(), causal=False)
     table.row(
         f"{label} decode",
         {
             "ours": lambda: ops.attention_decode(q, *caches(), lengths=lengths),
-            "torch": lambda: sdpa(grouped, *theirs()),
+            **by_backend(decode),
             "two matmuls": matmuls,
         },
         flops=4 * B * S * H * D,
@@ -159,6 +205,12 @@ CASES = (
         },
         axis="T",  # a quarter of llama3-8b's heads, so that torch's longest takes seconds and not a minute
         curve={f"llama3-8b/4 T={T}": shape(T, 8, 2, 128) for T in (512, 1024, 2047, 2048, 4096, 8192, 16384)},
+        gpu={
+            **{f"llama3-8b T={T}": shape(T, 32, 8, 128) for T in (512, 4096, 8192)},
+            "llama3-8b T=2048 B=8": shape(2048, 32, 8, 128, B=8),
+            "llama-7b T=4096": shape(4096, 32, 32, 128),
+            "llama3.2-1b T=4096": shape(4096, 32, 8, 64),
+        },
     ),
     Case(
         "attention_decode",
@@ -170,6 +222,13 @@ CASES = (
             "llama3.2-1b S=4096 B=4": cache(4096, 32, 8, 64, B=4),
             "one kv head S=16384": cache(16384, 8, 1, 128),
         },
+        gpu={
+            "llama3-8b S=2048": cache(2048, 32, 8, 128),
+            "llama3-8b S=32768": cache(32768, 32, 8, 128),
+            "llama3-8b S=8192 B=16": cache(8192, 32, 8, 128, B=16),
+            "llama-7b S=4096 B=8": cache(4096, 32, 32, 128, B=8),
+            "llama3.2-1b S=8192 B=8": cache(8192, 32, 8, 64, B=8),
+        },
     ),
     Case(
         "attention_prompts",
@@ -179,5 +238,6 @@ CASES = (
             "llama-7b T=512 P=10": shape(512, 32, 32, 128),
             "llama3.2-1b T=512 P=10": shape(512, 32, 8, 64, B=2),
         },
+        gpu={f"llama3-8b T={T} P=10": shape(T, 32, 8, 128) for T in (512, 2048)},
     ),
 )

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llamakern.bench.clock import on_gpu
 from llamakern.bench.table import Table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU_DTYPES = DTYPES[1:2]  # what models run in there
 MATMUL_DTYPES = DTYPES[:2]  # torch multiplies float16 matrices on a CPU up to a thousand times as long as ours takes
-ROOMS = ("attention", "block", "excitor", "lora", "loss", "moe", "nf4", "norm", "rope", "swiglu")
+ROOMS = ("attention", "block", "excitor", "lora", "loss", "moe", "nf4", "norm", "rope", "scale", "swiglu")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Case:
     dtypes: tuple = MATMUL_DTYPES
     axis: str = ""  # of the curve: the size that grows
     curve: dict[str, dict[str, int]] = field(default_factory=dict)  # in bfloat16
+    gpu: dict[str, dict[str, int]] = field(default_factory=dict)  # in place of shapes on a GPU, in bfloat16
 
     def sizes(self) -> dict[str, int | None]:
         """The letters of a shape and their defaults, None where there is none."""
@@ -31,8 +34,8 @@ class Case:
         return {word.name: None if word.default is word.empty else word.default for word in words}
 
     def run(self, table: Table) -> None:
-        for dtype in self.dtypes:
-            for label, shape in self.shapes.items():
+        for dtype in GPU_DTYPES if on_gpu() else self.dtypes:
+            for label, shape in ((on_gpu() and self.gpu) or self.shapes).items():
                 self.rows(table, f"{label} {name(dtype)}", dtype, **shape)
 
     def run_curve(self, table: Table) -> None:

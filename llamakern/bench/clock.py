@@ -43,6 +43,24 @@ def seconds_of(fn: Callable) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def captured(step: Callable) -> dict[str, Callable | str]:
+    """On a GPU {"as a CUDA graph": what replays step, or why it cannot be captured}. Empty on a CPU."""
+    if not on_gpu():
+        return {}
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        return {"as a CUDA graph": str(error).splitlines()[0]}
+    return {"as a CUDA graph": graph.replay}
+
+
 def take_turns(contestants: dict[str, Callable], *, seconds: float, at_least: int = 3) -> dict[str, list[float]]:
     """Seconds of every turn. All contestants have `seconds` each on average, and no fewer than `at_least` turns.
 

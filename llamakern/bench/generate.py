@@ -4,6 +4,7 @@ import argparse
 
 import torch
 
+from llamakern.bench.clock import captured
 from llamakern.bench.models import preset, random_model
 from llamakern.bench.step import matmul_weights
 from llamakern.bench.table import Table
@@ -47,7 +48,7 @@ def run(table: Table, arguments: argparse.Namespace, dtype: torch.dtype) -> None
     )
     table.row(
         f"{shape} decode after tokens={T}",
-        {"ours": decode, **contestants},
+        {"ours": decode, **captured(decode), **contestants},
         flops=B * (2 * matmul_weights(config) + 2 * attended * T),
         bytes_moved=weight_bytes + B * 2 * config.n_layers * config.n_kv_heads * config.head_dim * T * dtype.itemsize,
         dtype=dtype,

@@ -15,6 +15,7 @@ from llamakern.ops.lora import lora_linear_reference, nf4_lora_linear_reference
 
 SCALE = 2.0
 TOKENS = (1, 16, 64, 512)
+GPU_TOKENS = (1, 16, 64, 1024, 4096)
 
 
 def two_passes(y, x, lora_a, lora_b):
@@ -77,11 +78,11 @@ def add_rows(table, label, dtype, forward, training, base, both, shape):
     table.row(f"{label} training", contestants, flops=2 * flops, bytes_moved=2 * bytes_moved, dtype=dtype)
 
 
-def cases_of(base: str) -> dict:
-    return {f"llama-7b q_proj 4096x4096 {base} M={M}": {"M": M, "N": 4096, "K": 4096} for M in TOKENS}
+def cases_of(base: str, tokens=TOKENS) -> dict:
+    return {f"llama-7b q_proj 4096x4096 {base} M={M}": {"M": M, "N": 4096, "K": 4096} for M in tokens}
 
 
 CASES = (
-    Case("lora_linear", dense_rows, cases_of("dense")),
-    Case("nf4_lora_linear", nf4_rows, cases_of("nf4")),
+    Case("lora_linear", dense_rows, cases_of("dense"), gpu=cases_of("dense", GPU_TOKENS)),
+    Case("nf4_lora_linear", nf4_rows, cases_of("nf4"), gpu=cases_of("nf4", GPU_TOKENS)),
 )

@@ -3,6 +3,7 @@
 import torch
 
 from llamakern import ops
+from llamakern.bench import rivals
 from llamakern.bench.cases import Case
 from llamakern.bench.clock import Rotating, relative_error
 from llamakern.ops.loss import linear_cross_entropy_reference
@@ -18,7 +19,7 @@ def step(fn, inputs, wanted):
         loss = fn(h, w, labels)
         return torch.autograd.grad(loss, [t for t in (h, w) if t.requires_grad]) if wanted else loss
 
-    return run
+    return fn if isinstance(fn, str) else run
 
 
 def rows(table, label, dtype, *, M, C, V):
@@ -29,10 +30,11 @@ def rows(table, label, dtype, *, M, C, V):
     (h, w, labels), few = inputs(), slice(0, 64)
     truth = linear_cross_entropy_reference(h[few].double(), w.double(), labels[few], reduction="none")
     error = relative_error(ops.linear_cross_entropy(h, w, labels, reduction="none")[few], truth)
+    contestants = CONTESTANTS | rivals.liger("fused_linear_cross_entropy")
     for what, wanted in WHAT.items():
         table.row(
             f"{label} {what}",
-            {name: step(fn, inputs, wanted) for name, fn in CONTESTANTS.items()},
+            {name: step(fn, inputs, wanted) for name, fn in contestants.items()},
             flops=(1 + len(wanted)) * 2 * M * C * V,
             bytes_moved=((1 + len(wanted)) * (V + M) * C) * dtype.itemsize,
             error=error,
@@ -48,6 +50,10 @@ CASES = (
             "158M V=32000 M=512": {"M": 512, "C": 1024, "V": 32000},
             "158M V=32000 M=1024": {"M": 1024, "C": 1024, "V": 32000},
             "llama-7b V=32000 M=512": {"M": 512, "C": 4096, "V": 32000},
+        },
+        gpu={
+            "llama-7b V=32000 M=4096": {"M": 4096, "C": 4096, "V": 32000},
+            "llama3-8b V=128256 M=4096": {"M": 4096, "C": 4096, "V": 128256},
         },
     ),
 )

@@ -1,4 +1,5 @@
-"""NF4 linear from packed bytes against bitsandbytes and against torch's dense linear, which reads four times the bytes.
+"""NF4 linear from packed bytes against bitsandbytes and against torch's dense linear, which reads four times the bytes
+(on a GPU it is cuBLAS).
 
 bitsandbytes runs in its two modes: "bitsandbytes eval" repacks the weight and has no backward; "bitsandbytes training"
 is what a QLoRA step calls. "ours double-quantised" reads scales of 8 bits.
@@ -21,6 +22,11 @@ LAYERS = {
     "llama-7b up_proj 11008x4096": {"N": 11008, "K": 4096},
 }
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
+GPU_LAYERS = {
+    "llama3-8b q_proj 4096x4096": {"N": 4096, "K": 4096},
+    "llama3-8b up_proj 14336x4096": {"N": 14336, "K": 4096},
+}
+GPU_TOKENS = (1, 4, 16, 32, 64, 256, 1024, 4096)
 CURVE_TOKENS = (1, 2, 3, 4, 8, 16, 31, 32, 64, 100, 128, 256, 512, 1024, 2048)
 CHECKED = 32  # rows of x that float64 has the time to check
 
@@ -94,6 +100,7 @@ CASES = (
         "nf4_linear",
         rows,
         {f"{layer} M={M}": {"M": M, **sizes} for layer, sizes in LAYERS.items() for M in TOKENS},
+        gpu={f"{layer} M={M}": {"M": M, **sizes} for layer, sizes in GPU_LAYERS.items() for M in GPU_TOKENS},
         axis="M",
         curve={
             f"4096x{K} M={M}": {"M": M, "N": 4096, "K": K, "backward": 0} for K in (4096, 4160) for M in CURVE_TOKENS

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from llamakern import ops
+from llamakern.bench import rivals
 from llamakern.bench.cases import DTYPES, Case
 from llamakern.bench.clock import Rotating, relative_error
 from llamakern.ops.norm import rms_norm_reference
@@ -39,16 +40,17 @@ def rows(table, label, dtype, *, M, C):
             x = x.detach().requires_grad_()
             return torch.autograd.grad(fn(x, leaf), (x, leaf), dy)
 
-        return step
+        return fn if isinstance(fn, str) else step
 
+    contestants = PLAIN | rivals.liger("rms_norm", lambda op: lambda x, w: op(x, w, EPS, in_place=False))
     x = inputs()[0]
     error = relative_error(PLAIN["ours"](x, w), rms_norm_reference(x.double(), w.double(), eps=EPS))
-    plain = {name: lambda fn=fn: fn(inputs()[0], w) for name, fn in PLAIN.items()}
+    plain = {name: fn if isinstance(fn, str) else lambda fn=fn: fn(inputs()[0], w) for name, fn in contestants.items()}
     table.row(label, plain, bytes_moved=2 * size, error=error, **knobs)
     added = {name: lambda fn=fn: fn(*inputs()[:2], w) for name, fn in WITH_RESIDUAL.items()}
     table.row(f"{label} +residual", added, bytes_moved=4 * size, **knobs)
-    contestants = {name: both(fn) for name, fn in PLAIN.items()}
-    table.row(f"{label} and backward", contestants, bytes_moved=5 * size, **knobs)
+    steps = {name: both(fn) for name, fn in contestants.items()}
+    table.row(f"{label} and backward", steps, bytes_moved=5 * size, **knobs)
 
 
 CASES = (
@@ -61,5 +63,6 @@ CASES = (
             "llama3.2-1b M=2048": {"M": 2048, "C": 2048},
         },
         DTYPES,
+        gpu={f"llama3-8b M={M}": {"M": M, "C": 4096} for M in (1, 512, 8192)},
     ),
 )

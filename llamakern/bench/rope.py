@@ -3,6 +3,7 @@
 import torch
 
 from llamakern import ops
+from llamakern.bench import rivals
 from llamakern.bench.cases import DTYPES, Case
 from llamakern.bench.clock import Rotating, relative_error
 from llamakern.ops.rope import rope_reference
@@ -26,6 +27,7 @@ def rows(table, label, dtype, *, B=1, T, H, Hkv, D):
     angles = torch.randn(T, D // 2)
     cos, sin = angles.cos(), angles.sin()
     wide = [torch.cat((t, t), -1)[:, None].to(dtype) for t in (cos, sin)]
+    wide_rows = [t.view(1, T, D) for t in wide]
     q, k = inputs()
     truth = rope_reference(q.double(), k.double(), cos.double(), sin.double())[0]
     table.row(
@@ -34,7 +36,8 @@ def rows(table, label, dtype, *, B=1, T, H, Hkv, D):
             "ours": lambda: ops.rope(*inputs(), cos, sin),
             "reference": lambda: rope_reference(*inputs(), cos, sin),
             "rotate_half": lambda: rotate_half(*inputs(), *wide),
-        },
+        }
+        | rivals.liger("rope", lambda op: lambda: op(*(t.transpose(1, 2) for t in inputs()), *wide_rows)),
         bytes_moved=2 * B * T * (H + Hkv) * D * dtype.itemsize,
         error=relative_error(ops.rope(q, k, cos, sin)[0], truth),
         dtype=dtype,
@@ -53,5 +56,6 @@ CASES = (
             "llama3.2-1b T=2048": {"T": 2048, "H": 32, "Hkv": 8, "D": 64},
         },
         DTYPES,
+        gpu={f"llama3-8b T={T}": {"T": T, "H": 32, "Hkv": 8, "D": 128} for T in (1, 512, 8192)},
     ),
 )

@@ -59,7 +59,7 @@ def make_trainer(config, arguments, dtype: torch.dtype) -> Trainer:
     if length < 2:
         raise ValueError(f"bench: tokens must be at least batch, got {arguments.tokens} and {arguments.batch}")
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, config.vocab_size, (arguments.batch, length), generator=generator).tolist()
+    rows = torch.randint(0, config.vocab_size, (arguments.batch, length), generator=generator, device="cpu").tolist()
     examples = [Example(row, [True] * length, False, "random tokens") for row in rows]
     settings = TrainConfig(batch_size=arguments.batch, steps=1, max_len=length, packing=False, lr=1e-4,
                            checkpoint_activations=arguments.checkpoint_activations)  # fmt: skip

@@ -3,6 +3,7 @@
 import torch
 
 from llamakern import ops
+from llamakern.bench import rivals
 from llamakern.bench.cases import DTYPES, Case
 from llamakern.bench.clock import Rotating, relative_error
 from llamakern.ops.swiglu import swiglu_reference
@@ -21,16 +22,20 @@ def rows(table, label, dtype, *, M, F):
             gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
             return torch.autograd.grad(fn(gate, up), (gate, up), dy)
 
-        return step
+        return fn if isinstance(fn, str) else step
 
+    def once(fn, inputs):
+        return fn if isinstance(fn, str) else lambda: fn(*inputs())
+
+    contestants = CONTESTANTS | rivals.liger("swiglu")
     gate, up, _ = inputs()
     error = relative_error(ops.swiglu(gate, up), swiglu_reference(gate.double(), up.double()))
-    whole = {name: lambda fn=fn: fn(*inputs()[:2]) for name, fn in CONTESTANTS.items()}
+    whole = {name: once(fn, lambda: inputs()[:2]) for name, fn in contestants.items()}
     table.row(label, whole, bytes_moved=3 * size, error=error, **knobs)
-    parts = {name: lambda fn=fn: fn(*halves().chunk(2, -1)) for name, fn in CONTESTANTS.items()}
+    parts = {name: once(fn, lambda: halves().chunk(2, -1)) for name, fn in contestants.items()}
     table.row(f"{label} halves", parts, bytes_moved=3 * size, **knobs)
-    contestants = {name: both(fn) for name, fn in CONTESTANTS.items()}
-    table.row(f"{label} and backward", contestants, bytes_moved=8 * size, **knobs)
+    steps = {name: both(fn) for name, fn in contestants.items()}
+    table.row(f"{label} and backward", steps, bytes_moved=8 * size, **knobs)
 
 
 CASES = (
@@ -43,5 +48,6 @@ CASES = (
             "llama3.2-1b M=1024": {"M": 1024, "F": 8192},
         },
         DTYPES,
+        gpu={f"llama3-8b M={M}": {"M": M, "F": 14336} for M in (1, 512, 8192)},
     ),
 )

@@ -33,7 +33,14 @@ from llamakern.bench import roofs
 from llamakern.bench.clock import on_gpu, quartiles, take_turns
 from llamakern.files import atomic_file
 
-RIVALS = ("transformers", "peft", "bitsandbytes", "kernels", "llama_cpp_python")  # kernels: more of bitsandbytes'
+RIVALS = (
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "kernels",
+    "liger-kernel",
+    "llama_cpp_python",
+)  # kernels: more of bitsandbytes'
 DIGITS = 7  # significant ones in the file
 
 

@@ -18,5 +18,6 @@ from llamakern.ops.nf4 import nf4_linear as nf4_linear
 from llamakern.ops.nf4 import nf4_quantize as nf4_quantize
 from llamakern.ops.norm import rms_norm as rms_norm
 from llamakern.ops.rope import rope as rope
+from llamakern.ops.scale import scale_shift as scale_shift
 from llamakern.ops.sdpa import scaled_dot_product_attention as scaled_dot_product_attention
 from llamakern.ops.swiglu import swiglu as swiglu

@@ -30,9 +30,9 @@ def grouped_linear(
     """y[s] = W_e x[s] + scale·B_e A_e x[s], where offsets rise from 0 to S and row s belongs to the e around it.
 
     x and w are float32, bfloat16 or float16; lora_a and lora_b both have that dtype or are both float32. A stack that
-    lies as (E, K, N) is read as it lies: pass w.mT (a GPU copies it beside an adapter). Gradients flow to every tensor
-    that requires one. For float16 all sums and products on the way are float32. Deterministic. Under autocast x and w
-    take its dtype. Raises ValueError for shapes and offsets, TypeError for dtypes.
+    lies as (E, K, N) is read as it lies: pass w.mT. Gradients flow to every tensor that requires one. For float16 all
+    sums and products on the way are float32. Deterministic. Under autocast x and w take its dtype. Raises ValueError
+    for shapes and offsets, TypeError for dtypes.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llamakern.ops._door import autocast_dtype, backward_op, differentiable, plain_op, wants_grad
+from llamakern.ops.scale import channel_sums, scale_shift
 
 CODEBOOK = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -104,13 +105,14 @@ def nf4_linear(
 
 @cache
 def dynamic_map() -> Tensor:
-    """bitsandbytes' 256 dynamic levels, ascending: 2^i middles in each decade 10^(i-6), mirrored, with 0 and 1."""
+    """bitsandbytes' 256 dynamic levels, ascending: 2^i middles in each decade 10^(i-6), mirrored, with 0 and 1. On the
+    CPU, whatever the default device."""
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = (10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
         levels += middles + [-m for m in middles]
-    return torch.tensor(sorted(levels))
+    return torch.tensor(sorted(levels), device="cpu")
 
 
 def nf4_quantize_reference(w, *, block_size=64):
@@ -120,7 +122,8 @@ def nf4_quantize_reference(w, *, block_size=64):
     blocks = torch.cat((flat, flat.new_zeros(-n % block_size))).reshape(-1, block_size)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1.0 / absmax)[:, None]
-    code = torch.bucketize(scaled.nan_to_num(-1.0), torch.tensor(THRESHOLDS)).flatten()[:n].to(torch.uint8)
+    code = torch.bucketize(scaled.nan_to_num(-1.0), torch.tensor(THRESHOLDS, device=w.device))
+    code = code.flatten()[:n].to(torch.uint8)
     code = torch.cat((code, code.new_zeros(n % 2)))
     codes = (code[0::2] << 4) | code[1::2]
     return (codes.reshape(N, K // 2), absmax.reshape(N, K // block_size)) if K % block_size == 0 else (codes, absmax)
@@ -128,7 +131,7 @@ def nf4_quantize_reference(w, *, block_size=64):
 
 def nf4_double_quantize_reference(absmax):
     """What the op means, in plain PyTorch. A value just between two levels takes the even one."""
-    offset, level, n = absmax.mean(), dynamic_map(), absmax.numel()
+    offset, level, n = absmax.mean(), dynamic_map().to(absmax.device), absmax.numel()
     centred = (absmax - offset).flatten()
     blocks = torch.cat((centred, centred.new_zeros(-n % ABSMAX_BLOCK))).reshape(-1, ABSMAX_BLOCK)
     scale = blocks.abs().amax(1)
@@ -148,9 +151,9 @@ def nf4_dequantize_reference(
     absmax = absmax.flatten()
     if absmax_scale is not None:
         scale = absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: absmax.numel()]
-        absmax = dynamic_map()[absmax.long()] * scale + absmax_offset
+        absmax = dynamic_map().to(absmax.device)[absmax.long()] * scale + absmax_offset
     scale = absmax.repeat_interleave(block_size)[: N * K]
-    return (torch.tensor(CODEBOOK)[code] * scale).reshape(N, K).to(dtype)
+    return (torch.tensor(CODEBOOK, device=scale.device)[code] * scale).reshape(N, K).to(dtype)
 
 
 def nf4_linear_reference(x, weight, absmax, bias=None, *, in_scale=None, out_scale=None, **format):
@@ -189,20 +192,23 @@ def scaled(op, linear, x, bias, in_scale, out_scale, *parameters):
         return linear(x, bias, *parameters)
     dtype = x.dtype
     if dtype == torch.float16:
-        x, bias, *parameters = (
-            t if t is None or t.dtype != torch.float16 else t.float() for t in (x, bias, *parameters)
+        x, bias, in_scale, out_scale, *parameters = (
+            t if t is None or t.dtype != torch.float16 else t.float()
+            for t in (x, bias, in_scale, out_scale, *parameters)
         )
     if in_scale is not None:
-        if in_scale.shape != x.shape[-1:]:
-            raise ValueError(f"{op}: in_scale must have shape {list(x.shape[-1:])}, got {list(in_scale.shape)}")
-        x = (x * in_scale).to(x.dtype)
+        _check_scale(op, "in_scale", in_scale, x)
+        x = scale_shift(x, in_scale)
     if out_scale is None:
         return linear(x, bias, *parameters).to(dtype)
     y = linear(x, None, *parameters)
-    if out_scale.shape != y.shape[-1:]:
-        raise ValueError(f"{op}: out_scale must have shape {list(y.shape[-1:])}, got {list(out_scale.shape)}")
-    z = y * out_scale
-    return (z if bias is None else z + bias).to(dtype)
+    _check_scale(op, "out_scale", out_scale, y)
+    return scale_shift(y, out_scale, bias).to(dtype)
+
+
+def _check_scale(op, name, scale, like):
+    if scale.shape != like.shape[-1:]:
+        raise ValueError(f"{op}: {name} must have shape {list(like.shape[-1:])}, got {list(scale.shape)}")
 
 
 # ------------------------------------------------------------------------------------------- torch.compile and autograd
@@ -252,7 +258,7 @@ def _backward(ctx, dy):
 
 def bias_gradient(dy, dtype):
     """dy (..., N) summed over the tokens, in float32."""
-    return tokens(dy).sum(0, dtype=torch.float32).to(dtype)
+    return channel_sums(dy).to(dtype)
 
 
 def tokens(x):

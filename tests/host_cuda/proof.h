@@ -27,8 +27,8 @@ struct Attention {
 };
 void attention(const Attention& p);
 
-void row_sum(float* y, const float* x, int rows, int columns);  // y[r] = Σ x[r, :]
-void sum(float* y, const float* x, int n);                      // *y += Σ x, over many blocks
+void row_sum(float* y, const float* x, int rows, int columns);    // y[r] = Σ x[r, :]
+void sum(float* y, const float* x, int n);                        // *y += Σ x, over many blocks
 void halves_sum(float* y, const bfloat16* x, int n, int blocks);  // y[b] = Σ x by every block b
 
 void peek(float* y, const float* x, int threads = 1);  // *y = *x

@@ -1,6 +1,7 @@
-// rope, norm and swiglu: what works row by row.
+// rope, norm, swiglu and scale: what works row by row.
 #include "../../csrc/norm/norm.h"
 #include "../../csrc/rope/rope.h"
+#include "../../csrc/scale/scale.h"
 #include "../../csrc/swiglu/swiglu.h"
 #include "smoke.h"
 
@@ -89,6 +90,30 @@ void check_swiglu() {
   judge<T>("swiglu's dup", dup, want_dup);
 }
 
+template <typename T>
+void check_scale() {
+  constexpr int64_t M = 5, C = 37;
+  const auto x = random<T>(M * C), scale = random<T>(C), dy = random<T>(M * C);
+  const auto shift = random<float>(C);
+  std::vector<T> y(M * C), dx(M * C);
+  std::vector<float> dscale(C), dshift(C);
+  run(ScaleShift<T>{y.data(), x.data(), C, {scale.data(), nullptr}, {nullptr, shift.data()}, M, C});
+  run(ScaleShiftBackward<T>{
+      dx.data(), dscale.data(), dshift.data(), dy.data(), x.data(), {scale.data(), nullptr}, C, C, M, C});
+  Doubles want, want_dx, want_dscale(C), want_dshift(C);
+  for (int64_t i = 0; i < M * C; ++i) {
+    const double s = to_float(scale[i % C]), d = to_float(dy[i]);
+    want.push_back(to_float(x[i]) * s + shift[i % C]);
+    want_dx.push_back(d * s);
+    want_dscale[i % C] += d * to_float(x[i]);
+    want_dshift[i % C] += d;
+  }
+  judge<T>("scale_shift", y, want);
+  judge<T>("scale_shift's dx", dx, want_dx);
+  judge<float>("scale_shift's dscale", dscale, want_dscale);
+  judge<float>("scale_shift's dshift", dshift, want_dshift);
+}
+
 }  // namespace
 
 void check_rows() {
@@ -97,6 +122,7 @@ void check_rows() {
     check_rope<T>(true);
     check_norm<T>();
     check_swiglu<T>();
+    check_scale<T>();
   });
 }
 

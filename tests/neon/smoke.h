@@ -99,7 +99,7 @@ void for_types(const Fn& fn) {
   fn.template operator()<float16>();
 }
 
-void check_rows();       // rope, norm, swiglu
+void check_rows();       // rope, norm, swiglu, scale
 void check_attention();  // forward, backward, decoding, the cache
 void check_linears();    // nf4, lora
 void check_heads();      // loss, block
