@@ -305,11 +305,12 @@ def test_opcheck():
     slots = torch.randn(12, 64, requires_grad=True)
     check(lib.moe_combine.default, (slots, weights, order, position))
     check(lib.grouped_linear.default, (slots, w, offsets, a, b, 0.5))
+    check(lib.grouped_linear.default, (slots, w.detach().mT.contiguous().requires_grad_().mT, offsets, a, b, 0.5))
     packed, knobs = make_weight("nf4", 3, 16, 64, torch.float32)
     check(lib.nf4_grouped_linear.default, (slots, packed, knobs["absmax"], offsets, a, b, None, None, 0.5, 64))
 
 
-@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("base", ["dense", "nf4", "transposed"])
 def test_compile_and_functional(base):
     op, reference, (x, weights, experts, *rest) = make_case(base, 6, 2, 3, 64, 64, 2)
 
@@ -327,6 +328,19 @@ def test_compile_and_functional(base):
     torch.testing.assert_close(
         g, torch.func.grad(lambda x: reference(x, weights, experts, *rest).square().sum())(x), rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_transposed_stack_is_neither_copied_nor_its_gradient():
+    """What is kept is the stack itself, and its gradient lies as it does."""
+    w = torch.randn(4, 64, 96).requires_grad_()
+    x, offsets = torch.randn(10, 64), torch.tensor([0, 3, 3, 9, 10], dtype=torch.int32)
+    lora = {"lora_a": torch.randn(4, 2, 64), "lora_b": torch.randn(4, 96, 2)}
+    taken = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: taken.append(t) or t, lambda t: t):
+        y = ops.grouped_linear(x, w.mT, offsets, **lora)
+    assert any(t.data_ptr() == w.data_ptr() and t.shape == w.mT.shape for t in taken)
+    (dw,) = torch.autograd.grad(y.square().sum(), w)
+    assert dw.is_contiguous()
 
 
 def test_double_backward_raises():

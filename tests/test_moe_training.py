@@ -215,14 +215,17 @@ def test_small_llama4_from_text_to_qlora():
     quantize_(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     peft.apply(model, [LoRAConfig(rank=4), ExpertLoRAConfig(rank=4)])
+    fresh = {name: p.detach().clone() for name, p in peft.trainable(model).items() if ".experts." in name}
     losses, gate = run(tokens.flip(0), 25, 1e-2)
     assert sum(losses[-5:]) < sum(losses[:5])
     experts = model.layers[1].mlp.experts
     assert isinstance(experts, LoRAExperts)
     assert isinstance(experts.base, NF4Experts)
-    for e in range(4):
-        moved = bool(experts.down_lora_b[e].any())
-        assert moved != (f"layers.1.mlp.experts[{e}]" in gate.unused)
+    assert len(fresh) == 4
+    for name, before in fresh.items():
+        for e in range(4):
+            moved = not torch.equal(model.get_parameter(name)[e], before[e])
+            assert moved != (f"layers.1.mlp.experts[{e}]" in gate.unused), f"{name}[{e}]"
     assert torch.equal(experts.base.gate_up_proj, start["layers.1.mlp.experts.gate_up_proj"])
     out = generate(model, tokens[None, :40], max_new_tokens=30)
     assert out.shape == (1, 70)
