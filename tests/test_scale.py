@@ -61,9 +61,14 @@ def test_any_subset_of_gradients(wanted):
         assert_same_bits(some[f"d{i}"], every[f"d{i}"])
 
 
-def test_channel_sums(dtype, isa):
-    dy = torch.randn(2, 140, 1027).to(dtype)
-    torch.testing.assert_close(channel_sums(dy), dy.double().sum((0, 1)).float(), rtol=1e-5, atol=2e-5)
+@pytest.mark.parametrize("rows", [(2, 140, 1027), (1, 130), (3, 130)], ids=str)
+def test_channel_sums(rows, dtype, isa):
+    """Of rows as they lie, and where they begin at a multiple of 64 bytes though they are not as long."""
+    dy = torch.randn(rows).to(dtype)
+    apart = torch.empty(*rows[:-1], 1056, dtype=dtype)[..., : rows[-1]].copy_(dy)
+    for x in (dy, apart):
+        sums = x.double().flatten(0, -2).sum(0).float()
+        torch.testing.assert_close(channel_sums(x), sums, rtol=1e-5, atol=2e-5)
 
 
 def test_strided_inputs(dtype):

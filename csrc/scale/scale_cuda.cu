@@ -100,7 +100,8 @@ static void scale_shift_backward(const ScaleShiftBackward<T>& p, void* workspace
   if (p.C == 0) return;
   float* const parts = p.dscale || p.dshift ? static_cast<float*>(workspace) : nullptr;
   const int64_t rows = ceil_div(p.M, max64(1, groups_of(p.M))), groups = ceil_div(p.M, max64(1, rows));
-  const bool packs = in_packs<T>({p.dx, {p.C}}) && in_packs<T>({p.dy, {p.dy_row}}) && in_packs<T>({p.x, {p.x_row}});
+  const bool packs = p.C % kPack<T> == 0 && in_packs<T>({p.dx, {}}) && in_packs<T>({p.dy, {p.dy_row}}) &&
+                     in_packs<T>({p.x, {p.x_row}});
   if (p.M > 0) {
     with_packs<T>(packs, [&]<int N>() {
       const dim3 grid(unsigned(ceil_div(p.C, int64_t(kThreads) * N)), unsigned(groups));
