@@ -6,7 +6,6 @@ from compare import (
     assert_same_bits,
     check_against_reference,
     check_thread_counts,
-    need_memory,
     outputs_and_gradients,
 )
 
@@ -279,22 +278,6 @@ def test_only_what_wants_a_gradient_gets_one():
     assert all(t.grad is not None for t in adapters)
     with torch.no_grad():
         assert not op(*inputs).requires_grad
-
-
-@pytest.mark.large
-def test_stack_of_more_than_2_to_the_31_weights():
-    """Codes are 0, that is -1, but for the last row of the last expert: 15, that is 1."""
-    need_memory(3)
-    E, N, K = 3, 32768, 32768
-    weight, absmax = torch.zeros(E, N, K // 2, dtype=torch.uint8), torch.ones(E, N, K // 64)
-    weight[-1, -1] = 0xFF
-    offsets = torch.tensor([0, 0, 0, 1], dtype=torch.int32)
-    x = torch.ones(1, K, requires_grad=True)
-    y = ops.nf4_grouped_linear(x, weight, absmax, offsets)
-    assert y[0, -1] == K
-    assert (y[0, :-1] == -K).all()
-    (dx,) = torch.autograd.grad(y, x, torch.eye(1, N))
-    assert (dx == -1).all()
 
 
 # --------------------------------------------------------------------------------------- torch and guards

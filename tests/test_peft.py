@@ -193,7 +193,6 @@ def saved(tmp_path):
         {"something_new": 1},
         {"layers_pattern": "h"},
         {"trainable_token_indices": [0]},
-        {"target_parameters": ["w"]},
     ],
 )
 def test_a_peft_setting_that_is_not_supported_is_an_error(saved, setting):

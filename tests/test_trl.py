@@ -47,7 +47,7 @@ ANSWERS = [{"prompt": words(row["input_ids"][:4]), "completion": " " + words(row
     ("records", "changes"),
     [
         (TEXTS, {}),
-        (TEXTS, {"packing": True, "per_device_train_batch_size": 2}),
+        (TEXTS, {"packing": True, "per_device_train_batch_size": 2, "learning_rate": 1e-3}),  # 1e-2 magnifies rounding
         (ANSWERS, {"gradient_checkpointing": True}),
     ],
     ids=["text", "packed", "completion"],
