@@ -78,7 +78,8 @@ void launch_weight_gradient(const GroupedWeightGradient<T, V>& p, Stream stream)
   dim3 grid = tiles_of<Tile>(p.N, p.K);
   grid.y = unsigned(p.E);
   allow_shared(kernel, sizeof(typename Tile::Shared));
-  LK_LAUNCH(kernel, grid, Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
+  LK_LAUNCH_AS("grouped_weight_gradient_kernel", kernel, grid, Tile::kThreads, sizeof(typename Tile::Shared),
+               stream)(p);
   check_launch("grouped_weight_gradient_kernel");
 }
 

@@ -56,7 +56,7 @@ void launch_product(const GroupedProduct<T, Experts>& p, Stream stream) {
   const auto kernel = grouped_product_kernel<T, Tile, kAcross, Experts>;
   const dim3 grid = tiles_of<Tile>(p.groups.tiles(Tile::kRows) * Tile::kRows, kAcross ? p.K : p.N);
   allow_shared(kernel, sizeof(typename Tile::Shared));
-  LK_LAUNCH(kernel, grid, Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
+  LK_LAUNCH_AS("grouped_product_kernel", kernel, grid, Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
   check_launch("grouped_product_kernel");
 }
 
@@ -164,7 +164,7 @@ void grouped_narrow(Pieces& pieces, GroupedNarrow<T> p, Stream stream) {
   dim3 grid = tiles_of<Tile>(p.groups.tiles(Tile::kRows) * Tile::kRows, p.R);
   grid.y = unsigned(p.pieces);
   const auto kernel = grouped_narrow_kernel<T, kAcross>;
-  LK_LAUNCH(kernel, grid, Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
+  LK_LAUNCH_AS("grouped_narrow_kernel", kernel, grid, Tile::kThreads, sizeof(typename Tile::Shared), stream)(p);
   check_launch("grouped_narrow_kernel");
   if (p.pieces == 1) return;
   const unsigned blocks = unsigned(ceil_div(count, kSplitThreads));
